@@ -1,0 +1,213 @@
+"""ArtifactReward: ask a vision-language model whether the picture is broken.
+
+The cure of "Understanding Reward Hacking in Text-to-Image Reinforcement Learning"
+(arXiv:2601.03468) is one yes/no question put to a judge that sees the picture and nothing else,
+not even the prompt. The reward is read from the distribution of the first token of the answer:
+
+    artifact = P(no) / (P(yes) + P(no)),   P(yes) = sum over spellings "yes", "Yes", " YES", ...
+
+With a probability instead of an answer, two pictures that are both "no" can still be told apart,
+and a group of rollouts has something to learn from. The question is the method's only parameter;
+apo.py searches for a better one.
+
+Run:   python artifact_reward.py picture.png                      the tiny judge, in this process
+       vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8000         the real one, in another terminal
+       python artifact_reward.py --judge-url http://127.0.0.1:8000/v1 picture.png
+
+You should see:  a number in [0, 1] per picture: how sure the judge is that nothing is broken.
+
+Left out: any made-up score. A judge that does not answer, or answers neither yes nor no, has given
+no score: NaN. (The released code gives such a picture 1.0, a perfect score.)   Read next: grpo.py
+"""
+
+import base64
+import collections
+import io
+import itertools
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import openai
+import torch
+import tyro
+from PIL import Image
+
+from generate import HERE, pick_device, usage_error
+
+DEFAULT_URL = "http://127.0.0.1:8000/v1"  # where `vllm serve MODEL --port 8000` listens
+TOP = 20  # logprobs of the first token that are looked at; 20 is the most that servers give
+
+
+def p_no(top_logprobs):
+    """The scoring rule, the same for a server and in-process: [(token, logprob)] -> score in [0, 1].
+
+    >>> p_no([("No", math.log(.6)), (" no", math.log(.2)), ("Yes", math.log(.2)), ("Maybe", -9.0)])
+    0.8
+    >>> p_no([("The", -0.1)])
+    nan
+
+    Every spelling counts. (The released code keeps one of them, the least likely.)"""
+    mass = {"yes": 0.0, "no": 0.0}
+    # exp is safe: logprobs are <= 0; relative to the best one, so that tiny ones do not vanish.
+    answers = [(token.strip().lower(), logprob) for token, logprob in top_logprobs]
+    best = max((logprob for word, logprob in answers if word in mass), default=None)
+    if best is None or not math.isfinite(best):
+        return math.nan
+    for word, logprob in answers:
+        if word in mass:
+            mass[word] += math.exp(logprob - best)
+    return round(mass["no"] / (mass["yes"] + mass["no"]), 12)
+
+
+class LocalJudge:
+    """Qwen2.5-VL in this process. One forward pass per batch; nothing is generated."""
+
+    def __init__(self, checkpoint, device):
+        from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+        self.model.requires_grad_(False)
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        # The tokenizer and image processor alone: transformers' joint processor wants torchvision.
+        self.processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
+        self.failures = collections.Counter()
+
+    def encode(self, questions, images):
+        """Model inputs for pictures of one size, each with its question; padded on the left."""
+        pictures = self.processor(images=images, return_tensors="pt")
+        pad, token = self.tokenizer.pad_token_id, "<|image_pad|>"
+        counts = pictures["image_grid_thw"].prod(1) // self.processor.merge_size**2
+        texts = []
+        for question, count in zip(questions, counts.tolist()):
+            turn = [{"role": "user", "content": [{"type": "text", "text": question}, {"type": "image"}]}]
+            text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            texts.append(text.replace(token, token * count))
+        words = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+        is_image = words.input_ids == self.tokenizer.convert_tokens_to_ids(token)
+        return dict(input_ids=words.input_ids, attention_mask=(words.input_ids != pad).long(),
+                    mm_token_type_ids=is_image.int(),  # without it the picture gets no 2-D positions
+                    pixel_values=pictures["pixel_values"], image_grid_thw=pictures["image_grid_thw"])
+
+    def logits(self, questions, images):
+        """(N, V) logits of the first answer token."""
+        inputs = {name: value.to(self.model.device) for name, value in self.encode(questions, images).items()}
+        return self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+
+    @torch.inference_mode()
+    def __call__(self, question, images):
+        scores = []
+        for i in range(0, len(images), 64):
+            batch = [image.convert("RGB") for image in images[i:i + 64]]
+            logprobs, ids = self.logits([question] * len(batch), batch).log_softmax(-1).topk(TOP)
+            for row, values in zip(ids, logprobs.tolist()):
+                scores.append(p_no(zip(self.tokenizer.batch_decode(row[:, None]), values)))
+        return scores
+
+
+class ServedJudge:
+    """Any OpenAI-compatible server that gives logprobs, such as vLLM; several addresses share the work."""
+
+    def __init__(self, urls, model=None, timeout=60.0, retries=4, concurrency=16):
+        # One policy for time-outs and retries, the client's own: it waits as the server's Retry-After
+        # says and repeats what can be repeated. A second loop around it would multiply the waiting.
+        self.clients = [openai.OpenAI(base_url=url, api_key="EMPTY", timeout=timeout, max_retries=retries) for url in urls]
+        self.failures = collections.Counter()
+        self.pool = ThreadPoolExecutor(concurrency)  # threads, not processes: the work is waiting
+        self.model = model
+        for url, client in zip(urls, self.clients):
+            try:
+                served = [entry.id for entry in client.with_options(max_retries=1, timeout=10).models.list().data]
+            except openai.OpenAIError as problem:
+                usage_error(f"no judge answers at {url} ({type(problem).__name__}); start one with "
+                            "`vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8000` or give another --judge-url")
+            self.model = self.model or served[0]
+            if self.model not in served:
+                usage_error(f"--judge-model {self.model}: {url} serves {', '.join(served)}; name one of these")
+
+    def __call__(self, question, images):
+        return list(self.pool.map(self.ask, itertools.cycle(self.clients), itertools.repeat(question), images))
+
+    def ask(self, client, question, image):
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "PNG")  # not JPEG: its blocks and ringing are artifacts
+        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        # The question comes first: then it is the same prefix for all pictures, and is cached.
+        content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": url}}]
+        try:
+            reply = client.chat.completions.create(
+                model=self.model, messages=[{"role": "user", "content": content}], max_tokens=1,
+                temperature=0.0, logprobs=True, top_logprobs=TOP)
+        except (openai.OpenAIError, ValueError) as problem:  # ValueError: a body that is no JSON
+            self.failures[f"{type(problem).__name__}: {str(problem)[:200]}"] += 1
+            return math.nan
+        tokens = reply.choices[0].logprobs if reply.choices else None
+        if not (tokens and tokens.content and tokens.content[0].top_logprobs):
+            self.failures["the answer came without logprobs"] += 1
+            return math.nan
+        score = p_no([(top.token, top.logprob) for top in tokens.content[0].top_logprobs])
+        if math.isnan(score):
+            self.failures[f"neither yes nor no, but {tokens.content[0].token!r}"] += 1
+        return score
+
+
+class ArtifactReward:
+    """P(no artifact) by a vision-language judge; sees the picture, never the prompt.
+
+    checkpoint: a Qwen2.5-VL to load into this process; without it the judge is asked over HTTP."""
+
+    range = (0.0, 1.0)
+    needs = ("judge",)
+    checkpoint = "Qwen/Qwen2.5-VL-7B-Instruct"
+    reference = "ArtifactReward, arXiv:2601.03468"
+
+    def __init__(self, device="cpu", checkpoint=None, judge_urls=(), judge_model=None, question=None):
+        if checkpoint and not judge_urls:
+            self.judge = LocalJudge(checkpoint, device)
+        else:
+            self.judge = ServedJudge(list(judge_urls) or [DEFAULT_URL], judge_model)
+        own = Path(checkpoint or "") / "artifact.txt"  # a judge may bring the question that suits it
+        default = own if checkpoint and own.is_file() else HERE / "prompts" / "artifact.txt"
+        self.question = question or default.read_text(encoding="utf-8").strip()
+
+    @property
+    def failures(self):
+        """Why pictures got no score: a Counter of reasons."""
+        return self.judge.failures
+
+    def __call__(self, prompts, images, metadata=None):
+        return torch.tensor(self.judge(self.question, list(images)), dtype=torch.float32)
+
+
+@dataclass
+class Config:
+    images: Annotated[tuple[str, ...], tyro.conf.Positional]  # picture files
+    judge_url: tuple[str, ...] = ()  # server(s) to ask; none: the judge runs in this process
+    judge_model: str | None = None  # the served model's name; default: the first that is served
+    checkpoint: str = "tiny"  # in-process judge: "tiny", a folder, or a hub name
+    question: str | None = None  # instead of the judge's artifact.txt or prompts/artifact.txt
+
+
+def main(cfg):
+    local = str(HERE / "tiny" / "artifact") if cfg.checkpoint == "tiny" else cfg.checkpoint
+    reward = ArtifactReward(pick_device("auto")[0], None if cfg.judge_url else local, cfg.judge_url, cfg.judge_model, cfg.question)
+    failed = 0
+    for path in cfg.images:
+        try:
+            score = float(reward([""], [Image.open(path).convert("RGB")])[0])
+        except OSError as problem:
+            print(f"error: {path}: not a readable picture ({problem})", file=sys.stderr)
+            score = math.nan
+        failed += math.isnan(score)
+        print(f"{score:.4f}  {path}")
+    for reason, count in reward.failures.items():
+        print(f"{count} without a score: {reason}", file=sys.stderr)
+    sys.exit(3 if failed else 0)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,247 @@
+"""What a run did: the hacking figure, the table, the page.
+
+A reward model is a proxy for what we want. Optimise it, and for a while what we want comes along; go
+on, and it stays behind: over-optimisation (Gao et al., arXiv:2210.10760). The picture to look at has
+the distance from the starting policy on the x axis, sqrt(KL), and on the y axis the proxy and the
+truth. Best-of-n, which optimises the same proxy by choosing and trains nothing, lies on the same axes:
+
+    KL(best of n || base) = log n - (n - 1) / n,      its reward estimated without bias from one pool
+
+Run:   python evaluate.py                       the newest run: writes its hacking.png and report.html
+       python evaluate.py runs/*                all of them, and a table over their seeds
+
+You should see:  for each set of training rewards, before -> after with a 95 % interval over seeds.
+
+Read next: tiny.py (how gold is measured)
+"""
+
+import base64
+import html
+import io
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from PIL import Image, ImageDraw
+
+from generate import atomic, usage_error
+
+CLEAN_ENOUGH = 0.5  # gold-clean from here on counts as artifact-free (the tiny world's definition)
+STRIP = 12  # pictures in the strip of fixed prompts
+BLIND = "only watched"
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def read_run(run):
+    """(flags, training metrics, test metrics, best-of-n pool) of a run folder."""
+    run = Path(run)
+    if not (run / "test.jsonl").is_file():
+        usage_error(f"{run}: no run to be evaluated there (no test.jsonl); make one with torchrun grpo.py")
+    config = json.loads((run / "config.json").read_text())
+    pool = read_jsonl(run / "best_of_n.jsonl") if (run / "best_of_n.jsonl").is_file() else []
+    steps = read_jsonl(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+    return config, steps, read_jsonl(run / "test.jsonl"), pool
+
+
+# --- numbers ------------------------------------------------------------------------------------
+
+
+def mean(values):
+    """Of the finite ones: a score that failed is NaN and belongs to no mean."""
+    known = [v for v in values if math.isfinite(v)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def test_means(records):
+    """The records of one test -> the mean of every score, KL, and the share of artifact-free pictures."""
+    names = [name for name, value in records[0].items() if isinstance(value, float)]
+    means = {name: mean(r[name] for r in records) for name in names}
+    if "gold-clean" in means:
+        means["artifact-free"] = mean(artifact_free(r) for r in records)
+    return means
+
+
+def artifact_free(record):
+    return math.nan if math.isnan(record["gold-clean"]) else float(record["gold-clean"] >= CLEAN_ENOUGH)
+
+
+def best_of_n(pool, n, value):
+    """Expected value(record) of the best of n by "total", without bias, from a pool of N >= n pictures a
+    prompt: the i-th best of the pool (i from 0) is the best of n of them in C(N-1-i, n-1) of C(N, n) draws."""
+    prompts = defaultdict(list)
+    for r in pool:
+        if math.isfinite(r["total"]):
+            prompts[r["id"]].append(r)
+    expected = []
+    for group in prompts.values():
+        ranked, N = sorted(group, key=lambda r: -r["total"]), len(group)
+        if N >= n:
+            expected.append(sum(math.comb(N - 1 - i, n - 1) * value(r) for i, r in enumerate(ranked)) / math.comb(N, n))
+    return mean(expected)
+
+
+def interval(values):
+    """Mean and half width of its 95 % interval over seeds (Student's t)."""
+    n, center = len(values), sum(values) / len(values)
+    if n < 2:
+        return center, math.nan
+    t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}.get(n, 2.3)
+    return center, t * math.sqrt(sum((v - center) ** 2 for v in values) / (n - 1) / n)
+
+
+def seeds_table(runs):
+    """Lines of a Markdown table: for every set of training rewards, first -> last test, over its seeds."""
+    groups = defaultdict(list)
+    for run in runs:
+        config, steps, tests, _ = read_run(run)
+        groups[config["flags"]["rewards"]].append((steps, tests))
+    columns = ["hps", "artifact-free", "gold", "gold-aligned", "kl"]
+    lines = ["| trained on | seeds | " + " | ".join(columns) + " | hps gain in within-prompt deviations |",
+             "|---" * (len(columns) + 3) + "|"]
+    for name, members in groups.items():
+        cells = []
+        for column in columns:
+            pairs = [(tests[0][column], tests[-1][column]) for _, tests in members if column in tests[0]]
+            change, width = interval([b - a for a, b in pairs]) if pairs else (math.nan, math.nan)
+            cells.append(f"{mean(a for a, _ in pairs):.3f} -> {mean(b for _, b in pairs):.3f} ({change:+.3f} ± {width:.3f})" if pairs else "-")
+        gains = [(tests[-1]["hps"] - tests[0]["hps"]) / next(v for k, v in steps[0].items() if k.endswith("/hps/group_std"))
+                 for steps, tests in members if "hps" in tests[0] and steps]
+        center, width = interval(gains) if gains else (math.nan, math.nan)
+        lines.append(f"| {name} | {len(members)} | " + " | ".join(cells) + f" | {center:.2f} ± {width:.2f} |")
+    return lines
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+
+def save_strip(images, path, side=96):
+    """The pictures of the fixed prompts, side by side, in one PNG."""
+    strip = Image.new("RGB", ((side + 4) * len(images), side), "white")
+    for i, image in enumerate(images):
+        how = Image.NEAREST if image.width < side else Image.LANCZOS  # small pictures keep their pixels
+        strip.paste(image.resize((side, side), how), (i * (side + 4), 0))
+    with atomic(path, "wb") as file:
+        strip.save(file, "PNG")
+
+
+def training_grid(run):
+    """The same prompts with the same noise, a row per test: what training did to them."""
+    strips = sorted((Path(run) / "samples").glob("step_*.png"))
+    rows = [Image.open(path) for path in strips]
+    margin, gap = 70, 4
+    grid = Image.new("RGB", (margin + rows[0].width, sum(row.height + gap for row in rows)), "white")
+    pen, y = ImageDraw.Draw(grid), 0
+    for path, row in zip(strips, rows):
+        pen.text((4, y + row.height // 2 - 6), f"step {int(path.stem.split('_')[1])}", fill="black")
+        grid.paste(row, (margin, y))
+        y += row.height + gap
+    with atomic(Path(run) / "training.png", "wb") as file:
+        grid.save(file, "PNG")
+
+
+def hacking_figure(runs, path):
+    """Proxy and truth against sqrt(KL) for one or several runs, best-of-n of the base policy beside them."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    truth = ["gold", "artifact-free"]
+    read = [(Path(run).name, *read_run(run)) for run in runs]
+    proxies = [name for name in dict.fromkeys(part.split(":")[0] for _, config, *_ in read for part in config["flags"]["rewards"].split(","))]
+    panels = [*proxies, *(name for name in truth if any(name in tests[0] for *_, tests, _ in read))]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], panels):
+        for i, (label, config, _, tests, pool) in enumerate(read):
+            trains = config["flags"]["rewards"]
+            points = [(math.sqrt(max(0.0, t["kl"])), t[name]) for t in tests if name in t]
+            if points:
+                axis.plot(*zip(*points), "o-", color=f"C{i}", markersize=4, label=f"GRPO on {trains}" if len(read) == 1 or len({c['flags']['rewards'] for _, c, *_ in read}) == len(read) else label)
+            value = artifact_free if name == "artifact-free" else lambda r: r[name]
+            if pool and (name in pool[0] or name == "artifact-free" and "gold-clean" in pool[0]):
+                largest = max(r["sample"] for r in pool) + 1
+                ns = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= largest]
+                axis.plot([math.sqrt(math.log(n) - (n - 1) / n) for n in ns], [best_of_n(pool, n, value) for n in ns],
+                          "s--", color=f"C{i}", markersize=4, alpha=0.6, label=f"best of n on {trains}")
+        axis.set_title(f"{name}: " + ("a reward that trains" if name in proxies else "the truth, " + BLIND), fontsize=10)
+        axis.set_xlabel("sqrt(KL to the base policy), nats$^{1/2}$")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    with atomic(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=130)
+    plt.close(figure)
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+def picture(path):
+    """A picture as part of the page itself: the page opens from disk, alone, with no network."""
+    data = base64.b64encode(Path(path).read_bytes()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(Path(path).name)}">'
+
+
+def table(rows):
+    """Dicts with the same keys -> an HTML table; every text escaped, for prompts are anybody's."""
+    def cell(value):
+        return f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
+
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
+    return f"<table><tr>{head}</tr>" + "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row.values()) + "</tr>" for row in rows) + "</table>"
+
+
+def report(run):
+    """Write hacking.png, training.png and report.html of a run; returns the page's path."""
+    run = Path(run)
+    config, _, tests, _ = read_run(run)
+    hacking_figure([run], run / "hacking.png")
+    training_grid(run)
+    trained = [part.split(":")[0] for part in config["flags"]["rewards"].split(",")]
+    records = read_jsonl(sorted((run / "tests").glob("step_*.jsonl"))[-1])
+    gap = (lambda r: r["gold"] - r[trained[0]]) if "gold" in records[0] else (lambda r: -r[trained[0]])
+    worst = sorted((r for r in records if math.isfinite(gap(r))), key=gap)[:12]  # the reward likes it, it is not good
+    page = f"""<!doctype html><meta charset="utf-8"><title>{html.escape(run.name)}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>:root {{ color-scheme: light dark }} body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }}
+img {{ max-width: 100%; background: white }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
+td, th {{ padding: .2em .7em; border-bottom: 1px solid #8886; text-align: left }} .wide {{ overflow-x: auto }}</style>
+<h1>{html.escape(run.name)}</h1><p><code>{html.escape(config["command"])}</code></p>
+<p>Trained on {html.escape(", ".join(trained))}. Everything else was {BLIND}.</p>
+<h2>Proxy and truth</h2>{picture(run / "hacking.png")}
+<h2>Test prompts, step by step</h2><div class="wide">{table(tests)}</div>
+<h2>The same prompts and noise through training</h2><div class="wide">{picture(run / "training.png")}</div>
+<h2>Where the reward and the truth differ most, last test</h2><div class="wide">{table(worst)}</div>
+"""
+    with atomic(run / "report.html") as file:
+        file.write(page)
+    return run / "report.html"
+
+
+@dataclass
+class Config:
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # run folders; none: the newest in runs/
+    figure: str = ""  # also draw all these runs into one figure, here
+
+
+def main(cfg):
+    runs = [Path(run) for run in cfg.runs if (Path(run) / "test.jsonl").is_file()]
+    if not cfg.runs:
+        runs = sorted(Path("runs").glob("*/test.jsonl"), key=lambda path: path.stat().st_mtime)[-1:]
+        runs = [path.parent for path in runs]
+    if not runs:
+        usage_error(f"no runs in {', '.join(cfg.runs) or 'runs/'}; make one with torchrun grpo.py --rewards hps,artifact")
+    for run in runs:
+        print(report(run))
+    print("\n".join(seeds_table(runs)))
+    if cfg.figure:
+        hacking_figure(runs, cfg.figure)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

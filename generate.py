@@ -1,0 +1,486 @@
+"""Text to image with an autoregressive model: a picture is a sentence of 576 words.
+
+Janus-Pro is a language model with two vocabularies. With the text head it writes words; with the
+image head it writes *image tokens*, the numbers of little patches in a codebook, row by row, and a
+VQ decoder turns the finished grid (24 x 24; 8 x 8 in the tiny world) into pixels. So a picture has a
+probability, the product over its tokens, just like a sentence, and everything that reinforcement
+learning knows about language models applies to it:
+
+    p(picture | prompt) = prod_t softmax(u_t + w (c_t - u_t))[token_t]
+
+where c and u are the image head's logits with and without the prompt and w is the weight of
+classifier-free guidance (w = 1: none). Before it paints, the model may think: a "semantic chain of
+thought" (T2I-R1, arXiv:2505.00703) written by the text head, then appended to the prompt.
+
+Run:   python generate.py "a red circle left of a blue square"
+       python generate.py --prompts tiny/prompts/test.jsonl --num-images 4
+       python generate.py --model deepseek-community/Janus-Pro-1B "a corgi reading a newspaper"
+
+You should see:  the thought for each picture, and outputs/00000/samples/0000.png (GenEval's layout)
+with a line a picture in outputs/manifest.jsonl.
+
+Left out: image understanding (Janus' other half), beam search, top-k (it would make the sampled
+distribution another one than the scored).   Read next: rewards.py
+"""
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from PIL import Image
+from tqdm import tqdm
+from transformers import JanusForConditionalGeneration, JanusProcessor, StaticCache
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.set_verbosity_error()  # it would announce each fallback from torchvision to Pillow
+transformers_logging.disable_progress_bar()
+
+HERE = Path(__file__).parent
+
+# Shapes:  N rollouts   L context tokens (padded on the left)   C thought tokens   T image tokens
+#          V vocabulary
+
+
+def usage_error(message):
+    """Wrong usage: one line with the rule, the value and the remedy; exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def atomic(path, mode="w"):
+    """Open a file that appears whole or not at all: written beside its place, then renamed into it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+# --- prompts ----------------------------------------------------------------------------------
+
+ALIASES = {  # our field -> what the benchmarks call it, first match wins
+    "prompt": ("prompt", "Prompt", "Prompts", "caption", "text"),
+    "id": ("id", "prompt_id", "item_id"),
+    "tag": ("tag", "task_type", "Subcategory", "Category", "Challenge"),
+}
+
+
+def load_prompts(path):
+    """Read any prompt file of the field: list of dicts with `id`, `prompt`, `tag`, and every other
+    column kept. The content decides, never the extension (T2I-R1's training file is JSONL called
+    .json): JSONL, a JSON list of objects or strings, a table (TSV or CSV with a header that names a
+    prompt column), plain lines, or a folder of .txt files (DPG-Bench). Wrong input: exit code 2."""
+    path = Path(path)
+    if path.is_dir():
+        rows = [{"id": f.stem, "prompt": f.read_text(encoding="utf-8")} for f in sorted(path.glob("*.txt"))]
+    elif path.is_file():
+        rows = parse_prompts(path.read_text(encoding="utf-8-sig"), path)
+    else:
+        usage_error(f"--prompts {path}: no such file or folder")
+    prompts, seen = [], set()
+    for number, row in enumerate(rows):
+        row = {"prompt": row} if isinstance(row, str) else row
+        if not isinstance(row, dict):
+            usage_error(f"{path}, entry {number + 1}: a prompt is a text or an object, not {str(row)[:60]!r}")
+        known = {ours: next((row[name] for name in names if row.get(name) not in (None, "")), None)
+                 for ours, names in ALIASES.items()}
+        if not isinstance(known["prompt"], str) or not known["prompt"].strip():
+            usage_error(f"{path}, entry {number + 1}: no prompt in it; it needs one of the fields "
+                        f"{', '.join(ALIASES['prompt'])}: {str(row)[:100]}")
+        known["id"] = str(known["id"] if known["id"] is not None else number)
+        if known["id"] in seen:
+            usage_error(f"{path}, entry {number + 1}: id {known['id']!r} occurs twice; ids name files")
+        seen.add(known["id"])
+        prompts.append({**row, **known, "prompt": known["prompt"].strip(), "tag": known["tag"] or ""})
+    if not prompts:
+        usage_error(f"{path}: no prompts in it; one per line is enough")
+    return prompts
+
+
+def parse_prompts(text, path):
+    """The rows of one prompt file, not yet checked: dicts or strings."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if text.lstrip()[:1] in ("{", "["):
+        try:  # one JSON value
+            whole = json.loads(text)
+            return whole if isinstance(whole, list) else [whole]
+        except json.JSONDecodeError:  # or one a line
+            rows = []
+            for number, line in enumerate(text.splitlines(), 1):
+                if line.strip():
+                    try:
+                        rows.append(json.loads(line))
+                    except json.JSONDecodeError as problem:
+                        usage_error(f"{path}, line {number}: not JSON ({problem.msg}): {line[:80]!r}")
+            return rows
+    delimiter = "\t" if lines and "\t" in lines[0] else ","
+    header = next(csv.reader(lines[:1], delimiter=delimiter), [])
+    if set(header) & set(ALIASES["prompt"]):
+        return list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
+    return [line.split("\t")[0] for line in lines]
+
+
+# --- the policy -------------------------------------------------------------------------------
+
+
+@dataclass
+class Policy:
+    """A Janus model with what is needed to speak to it."""
+
+    model: JanusForConditionalGeneration
+    processor: JanusProcessor
+    reasoning: str  # the instruction that asks for a thought; {} is the prompt
+    dtype: torch.dtype  # of the arithmetic; the weights stay float32
+
+    def __post_init__(self):
+        self.tokenizer = self.processor.tokenizer
+        self.boi = self.tokenizer.convert_tokens_to_ids(self.tokenizer.boi_token)
+        self.body = self.model.model.language_model  # without the text head, which pictures never need
+        self.grid = self.model.config.vq_config.num_patches  # pictures are grid x grid tokens
+        self.device = next(self.model.parameters()).device
+
+    def arithmetic(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32):
+    """Any Janus in the Hugging Face format: a folder, a hub name, or "tiny" for the one we ship.
+
+    The weights are float32 whatever `dtype` is: at a learning rate of 1e-6 a bfloat16 weight never
+    moves (its spacing is 1/256 of its size). As in T2I-R1, only the language model is trained; the
+    eyes, the codebook, the VQ model and the image head stay as they are."""
+    path = HERE / "tiny" / "policy" if name_or_path == "tiny" else Path(name_or_path)
+    where = path if path.is_dir() else name_or_path
+    if path.is_dir() and (path / "config.json").is_file():
+        kind = json.loads((path / "config.json").read_text()).get("model_type")
+        if kind != "janus":
+            usage_error(f"--model {name_or_path}: holds a {kind!r} checkpoint; needed is 'janus' in the Hugging "
+                        "Face format, such as deepseek-community/Janus-Pro-1B (deepseek-ai's own are not)")
+    elif path.is_dir() or name_or_path.startswith((".", "/")):
+        usage_error(f"--model {name_or_path}: no config.json there; needed is a folder saved by save_pretrained")
+    try:
+        model = JanusForConditionalGeneration.from_pretrained(where, dtype=torch.float32).to(device).eval()
+        processor = JanusProcessor.from_pretrained(where)
+    except OSError as problem:
+        usage_error(f"--model {name_or_path}: cannot be loaded ({str(problem).splitlines()[0]})")
+    own = path / "reasoning.txt"  # a checkpoint may bring the instruction that it was trained with
+    reasoning = (own if own.is_file() else HERE / "prompts" / "reasoning.txt").read_text(encoding="utf-8").strip()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("model.language_model.", "lm_head.")))
+    return Policy(model, processor, reasoning, dtype)
+
+
+def save_policy(policy, folder):
+    """A folder that load_policy, and JanusForConditionalGeneration.from_pretrained, open."""
+    policy.model.save_pretrained(folder)
+    policy.processor.save_pretrained(folder)
+    (Path(folder) / "reasoning.txt").write_text(policy.reasoning + "\n", encoding="utf-8")
+
+
+def chat(policy, text):
+    """One user turn in the checkpoint's own template, up to where the model begins to speak."""
+    turn = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    return policy.processor.apply_chat_template(turn, add_generation_prompt=True)
+
+
+def thought_context(policy, prompts):
+    """What the model reads before it thinks: ids and mask, (N, L)."""
+    return tokenize(policy, [chat(policy, policy.reasoning.replace("{}", p)) for p in prompts])
+
+
+def image_context(policy, prompts, thoughts):
+    """What the model reads before it paints: "prompt. thought" and the begin-of-image token."""
+    texts = [f"{p}. {c}" if c else p for p, c in zip(prompts, thoughts)]
+    return tokenize(policy, [chat(policy, t) + policy.tokenizer.boi_token for t in texts])
+
+
+def tokenize(policy, texts):
+    # Padding goes on the LEFT, masked and without a position of its own. The released code pads on
+    # the right and lets pads consume positions: there a picture depends on how long the thoughts of
+    # its batch-mates are.
+    batch = policy.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    return batch.input_ids.to(policy.device), batch.attention_mask.bool().to(policy.device)
+
+
+def without_prompt(policy, ids):
+    """The same contexts with every word blotted out by the pad token: what u is computed from.
+    The mask stays that of the prompt, as in transformers' Janus (the released code unmasks padding)."""
+    keep = (ids == policy.tokenizer.bos_token_id) | (ids == policy.boi)
+    return ids.masked_fill(~keep, policy.tokenizer.pad_token_id)
+
+
+def causal(mask_NL, length):
+    """Who sees whom, (N, 1, L, length): each token the real ones up to itself. Padding sees itself,
+    because a softmax over nothing is NaN."""
+    L = mask_NL.shape[1]
+    past = torch.ones(L, L, dtype=torch.bool, device=mask_NL.device).tril()
+    itself = torch.eye(L, dtype=torch.bool, device=mask_NL.device)
+    allowed = (past & mask_NL[:, None, :]) | itself
+    return torch.nn.functional.pad(allowed, (0, length - L))[:, None]
+
+
+# --- sampling ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollouts:
+    """N samples of the policy: what it thought, what it painted."""
+
+    prompts: list  # N texts
+    thoughts: list  # N texts, "" without chain of thought
+    thought_ids: torch.Tensor  # (N, C) the sampled tokens, end-of-sentence included, then padding
+    thought_mask: torch.Tensor  # (N, C) bool, True where a token was sampled
+    image_ids: torch.Tensor  # (N, T)
+    images: list  # N PIL images
+
+    @property
+    def mask(self):
+        """(N, C+T) bool: which columns of `logprobs` are actions of the policy."""
+        return torch.cat([self.thought_mask, torch.ones_like(self.image_ids, dtype=torch.bool)], 1)
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def __getitem__(self, rows):
+        """The rollouts rows (a slice)."""
+        return Rollouts(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+
+def noise(keys, length):
+    """All the chance that a rollout has: (N, length) uniform numbers, drawn from its key alone (seed,
+    step, prompt index, sample index). So a rollout can be made again, in any batch, on any number of
+    processes, or after a crash."""
+    rows = []
+    for key in keys:
+        digest = hashlib.sha256(repr(tuple(key)).encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        rows.append(torch.rand(length, generator=generator))
+    return torch.stack(rows)
+
+
+def draw_token(logits_NV, uniform_N):
+    """Sample from softmax(logits) by inverting its cumulative distribution: (N,) token ids."""
+    cumulative = logits_NV.float().softmax(-1).cumsum(-1)
+    below = cumulative <= uniform_N[:, None] * cumulative[:, -1:]
+    return below.sum(-1).clamp(max=logits_NV.shape[-1] - 1)
+
+
+def guide(logits, cfg_weight):
+    """Classifier-free guidance: rows [with prompt; without] -> u + w (c - u)."""
+    if cfg_weight == 1:
+        return logits
+    c, u = logits.chunk(2)
+    return u + cfg_weight * (c - u)
+
+
+def decode(policy, ids, mask, new_tokens, uniform, embed, head, eos=None):
+    """The sampling loop of both heads: read the context once, then a token at a time with a static
+    key-value cache. embed: (N,) ids -> (rows, 1, D); head: (rows, D) -> (N, V). Returns (N, new_tokens),
+    fewer columns if every row has met `eos`."""
+    L, rows = ids.shape[1], ids.shape[0]
+    cache = StaticCache(config=policy.body.config, max_cache_len=L + new_tokens)
+    allowed = causal(mask, L + new_tokens)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    x = policy.body.get_input_embeddings()(ids)
+    tokens, ended = [], torch.zeros(len(uniform), dtype=torch.bool, device=ids.device)
+    for t in range(new_tokens):
+        hidden = policy.body(inputs_embeds=x, attention_mask=allowed, position_ids=position,
+                             past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        token = draw_token(head(hidden), uniform[:, t])
+        if eos is not None:
+            token = torch.where(ended, policy.tokenizer.pad_token_id, token)
+            ended = ended | (token == eos)
+        tokens.append(token)
+        if ended.all():
+            break
+        x, position = embed(token), position[:, -1:] + 1
+        if t == 0:
+            allowed = torch.nn.functional.pad(mask, (0, new_tokens)).view(rows, 1, 1, -1).clone()
+        allowed[..., L + t] = True
+    return torch.stack(tokens, 1)
+
+
+@torch.no_grad()  # not inference_mode: the token ids are used again in a forward pass with gradients
+def sample(policy, prompts, keys, cot=True, cfg_weight=None, max_thought=64):
+    """Sample one picture for each prompt.
+
+    keys: N tuples of integers (seed, step, prompt index, sample index), all the randomness there is.
+    cfg_weight: guidance weight, None = the checkpoint's own (5 for Janus-Pro, 1 for tiny).
+    Temperature is 1 and nothing is cut off: what is sampled from is exactly what `logprobs` scores."""
+    cfg_weight = default_cfg(policy) if cfg_weight is None else cfg_weight
+    T = policy.grid**2
+    uniform = noise(keys, max_thought + T).to(policy.device)
+    with policy.arithmetic():
+        if cot:
+            ids, mask = thought_context(policy, prompts)
+            embed = policy.body.get_input_embeddings()
+            thought_ids = decode(policy, ids, mask, max_thought, uniform, lambda t: embed(t[:, None]),
+                                 policy.model.lm_head, eos=policy.tokenizer.eos_token_id)
+        else:
+            thought_ids = torch.zeros(len(prompts), 0, dtype=torch.long, device=policy.device)
+        # Everything up to and including the first end-of-sentence was a choice; padding was not.
+        ended = (thought_ids == policy.tokenizer.eos_token_id).long()
+        thought_mask = ended.cumsum(1) - ended == 0
+        thoughts = [policy.tokenizer.decode(row[chosen], skip_special_tokens=True).strip()
+                    for row, chosen in zip(thought_ids, thought_mask)]
+
+        ids, mask = image_context(policy, prompts, thoughts)
+        branches = 1 if cfg_weight == 1 else 2
+        if branches == 2:
+            ids, mask = torch.cat([ids, without_prompt(policy, ids)]), mask.repeat(2, 1)
+        image_ids = decode(
+            policy, ids, mask, T, uniform[:, max_thought:],
+            lambda t: policy.model.prepare_embeddings_for_image_generation(t.repeat(branches)[:, None]),
+            lambda hidden: guide(policy.model.model.generation_head(hidden).float(), cfg_weight))
+        images = to_images(policy, image_ids)
+    return Rollouts(list(prompts), thoughts, thought_ids, thought_mask, image_ids, images)
+
+
+def default_cfg(policy):
+    weight = policy.model.generation_config.guidance_scale
+    return 5.0 if weight is None else weight  # 5: Janus' own default
+
+
+def to_images(policy, image_ids, chunk=16):
+    """(N, T) image tokens -> N PIL images. The VQ decoder speaks [-1, 1]; rounding, not truncating.
+
+    Always `chunk` at a time, the last one filled up: convolution kernels are chosen by batch size and
+    differ in the seventh digit, which now and then rounds a pixel the other way."""
+    images = []
+    for ids in image_ids.split(chunk):
+        filled = torch.nn.functional.pad(ids, (0, 0, 0, chunk - len(ids)))
+        pixels = policy.model.model.vqmodel.decode(filled)[:len(ids)].float()
+        pixels = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+        images += [Image.fromarray(p) for p in pixels]
+    return images
+
+
+# --- scoring: the log-probability of what was sampled -------------------------------------------
+
+
+def logprobs(policy, rollouts, cfg_weight=1.0):
+    """log pi(token | what came before), of exactly the tokens of these rollouts, differentiable.
+
+    Returns (N, C+T) float32: the thought's tokens, then the image's; meaningful where rollouts.mask.
+    cfg_weight is that of the distribution to score: the sampler's own for on-policy learning; 1 for
+    the conditional branch alone, as T2I-R1 released it (see grpo.py, --guidance)."""
+    parts = []
+    with policy.arithmetic():
+        C = rollouts.thought_ids.shape[1]
+        if C:
+            ids, mask = thought_context(policy, rollouts.prompts)
+            embed = policy.body.get_input_embeddings()
+            hidden = teach(policy, embed(ids), mask, embed(rollouts.thought_ids), rollouts.thought_mask)
+            parts.append(pick(policy.model.lm_head(hidden), rollouts.thought_ids))
+        ids, mask = image_context(policy, rollouts.prompts, rollouts.thoughts)
+        painted = policy.model.prepare_embeddings_for_image_generation(rollouts.image_ids)
+        if cfg_weight != 1:
+            ids, mask = torch.cat([ids, without_prompt(policy, ids)]), mask.repeat(2, 1)
+            painted = painted.repeat(2, 1, 1)
+        hidden = teach(policy, policy.body.get_input_embeddings()(ids), mask, painted)
+        logits = policy.model.model.generation_head(hidden).float()
+        parts.append(pick(guide(logits, cfg_weight), rollouts.image_ids))
+    return torch.cat(parts, 1)
+
+
+def teach(policy, context, mask, continuation, continuation_mask=None):
+    """Teacher forcing: hidden states (N, n, D) from which each of the n continuation tokens was drawn.
+    The last token predicts nothing, so it is not fed."""
+    n = continuation.shape[1]
+    x = torch.cat([context, continuation[:, :-1]], 1)
+    if continuation_mask is None:
+        continuation_mask = torch.ones(continuation.shape[:2], dtype=torch.bool, device=x.device)
+    mask = torch.cat([mask, continuation_mask[:, :-1]], 1)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    out = policy.body(inputs_embeds=x, attention_mask=causal(mask, x.shape[1]), position_ids=position, use_cache=False)
+    return out.last_hidden_state[:, -n:]
+
+
+def pick(logits_NTV, ids_NT):
+    """log_softmax at the chosen tokens, in float32: bfloat16 has steps of 1/128 near 1."""
+    logits = logits_NTV.float()
+    return logits.gather(-1, ids_NT[..., None])[..., 0] - logits.logsumexp(-1)
+
+
+# --- command line -----------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    prompt: Annotated[str, tyro.conf.Positional] = ""  # what to paint; or give --prompts
+    prompts: str = ""  # a prompt file: JSONL, JSON, text, TSV/CSV or a folder of texts
+    model: str = "tiny"  # "tiny", a folder, or a hub name such as deepseek-community/Janus-Pro-1B
+    num_images: int = 4  # pictures for each prompt
+    output_dir: str = "outputs"  # pictures go to <output-dir>/00000/samples/0000.png
+    seed: int = 42  # with the prompt's place and the picture's number, all the randomness there is
+    cot: bool = True  # think before painting
+    cfg_weight: float | None = None  # guidance w; default: the checkpoint's own
+    max_thought: int = 64  # longest thought, in tokens
+    batch_size: int = 32  # pictures at a time
+    limit: int = 0  # only the first prompts; 0 = all
+    overwrite: bool = False  # make pictures again that are there already
+    device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; auto: bfloat16 on cuda
+
+
+def pick_device(device, dtype="auto"):
+    """("auto", "auto") -> the best there is: (device name, torch dtype)."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    return device, getattr(torch, dtype)
+
+
+def main(cfg):
+    if bool(cfg.prompt) == bool(cfg.prompts):
+        usage_error('give one prompt, python generate.py "a red circle", or a file, --prompts FILE')
+    if cfg.num_images < 1 or cfg.batch_size < 1:
+        usage_error(f"--num-images {cfg.num_images} --batch-size {cfg.batch_size}: both must be at least 1")
+    rows = load_prompts(cfg.prompts) if cfg.prompts else [{"id": "0", "prompt": cfg.prompt, "tag": ""}]
+    rows = rows[:cfg.limit or None]
+    policy = load_policy(cfg.model, *pick_device(cfg.device, cfg.dtype))
+    root = Path(cfg.output_dir)
+    # File names come from numbers, never from prompts: a prompt may hold "/" or 300 letters.
+    jobs = [(i, k, root / f"{i:05d}" / "samples" / f"{k:04d}.png") for i in range(len(rows)) for k in range(cfg.num_images)]
+    todo = [job for job in jobs if cfg.overwrite or not job[2].exists()]
+    for i, row in enumerate(rows):
+        with atomic(root / f"{i:05d}" / "metadata.jsonl") as file:
+            file.write(json.dumps(row))
+    manifest = root / "manifest.jsonl"
+    known = {}
+    if manifest.exists():
+        known = {entry["path"]: entry for entry in map(json.loads, manifest.read_text().splitlines())}
+    for start in tqdm(range(0, len(todo), cfg.batch_size), desc="painting", disable=len(todo) <= cfg.batch_size):
+        batch = todo[start:start + cfg.batch_size]
+        rollouts = sample(policy, [rows[i]["prompt"] for i, _, _ in batch], [(cfg.seed, 0, i, k) for i, k, _ in batch],
+                          cot=cfg.cot, cfg_weight=cfg.cfg_weight, max_thought=cfg.max_thought)
+        for (i, k, path), image, thought in zip(batch, rollouts.images, rollouts.thoughts):
+            with atomic(path, "wb") as file:
+                image.save(file, "PNG")
+            name = str(path.relative_to(root))
+            known[name] = {"id": rows[i]["id"], "prompt": rows[i]["prompt"], "sample": k, "thought": thought,
+                           "seed": cfg.seed, "path": name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                           "model": cfg.model, "cfg_weight": cfg.cfg_weight or default_cfg(policy)}
+            if len(todo) <= 8:
+                print(f"{path}  {thought}")
+        with atomic(manifest) as file:  # rewritten whole after each batch, so a stopped run can go on
+            file.writelines(json.dumps(known[name]) + "\n" for name in sorted(known))
+    print(f"{len(todo)} pictures made, {len(jobs) - len(todo)} were there already, in {root}/")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,143 @@
+"""The policy: what is sampled is what is scored, and a picture depends on its own key alone."""
+
+import json
+
+import pytest
+import torch
+
+import generate
+
+PROMPTS = ["a red circle", "three blue crosses", "a yellow star above a purple square", "a cross and a star"]
+KEYS = [(7, 0, i, 0) for i in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize("cfg_weight", [1.0, 3.0])
+def test_cached_sampling_and_teacher_forcing_agree(policy, monkeypatch, cfg_weight):
+    drawn, draw = [], generate.draw_token
+
+    def spy(logits, uniform):
+        token = draw(logits, uniform)
+        drawn.append(logits.float().log_softmax(-1).gather(1, token[:, None]))
+        return token
+
+    monkeypatch.setattr(generate, "draw_token", spy)
+    rollouts = generate.sample(policy, PROMPTS, KEYS, cfg_weight=cfg_weight)
+    with torch.no_grad():
+        scored = generate.logprobs(policy, rollouts, cfg_weight)
+    sampled = torch.cat(drawn, 1)
+    assert sampled.shape == scored.shape == rollouts.mask.shape
+    assert (sampled - scored)[rollouts.mask].abs().max() < 1e-4
+
+
+def test_a_picture_does_not_change_with_its_batch_mates(policy):
+    together = generate.sample(policy, PROMPTS, KEYS, cfg_weight=2.0)
+    for i, (prompt, key) in enumerate(zip(PROMPTS, KEYS)):
+        alone = generate.sample(policy, [prompt], [key], cfg_weight=2.0)
+        assert alone.thoughts[0] == together.thoughts[i]
+        assert torch.equal(alone.image_ids[0], together.image_ids[i])
+        assert alone.images[0].tobytes() == together.images[i].tobytes()
+
+
+def test_a_log_probability_does_not_change_with_its_batch_mates(policy):
+    rollouts = generate.sample(policy, PROMPTS, KEYS)
+    with torch.no_grad():
+        together, alone = generate.logprobs(policy, rollouts), generate.logprobs(policy, rollouts[1:2])
+    assert (together[1:2] - alone)[rollouts.mask[1:2]].abs().max() < 1e-4
+
+
+def test_another_key_makes_another_picture(policy):
+    first, second = generate.sample(policy, ["a red circle"] * 2, [(7, 0, 0, 0), (7, 0, 0, 1)]).image_ids
+    assert not torch.equal(first, second)
+
+
+def test_tokens_are_drawn_in_proportion_to_their_probability():
+    logits = torch.tensor([0.1, 0.2, 0.7]).log().expand(10000, 3)
+    counts = generate.draw_token(logits, torch.arange(10000) / 10000).bincount(minlength=3)
+    assert counts.tolist() == pytest.approx([1000, 2000, 7000], abs=2)
+
+
+def test_a_token_without_probability_is_never_drawn():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
+    assert all(generate.draw_token(logits, torch.tensor([u])) == 1 for u in (0.0, 0.5, 1 - 2**-24))
+
+
+def test_the_unguided_branch_knows_nothing_of_the_words(policy):
+    ids, _ = generate.image_context(policy, ["a red circle", "a blue square"], ["", ""])
+    blank = generate.without_prompt(policy, ids)
+    assert not torch.equal(ids[0], ids[1]) and torch.equal(blank[0], blank[1])
+    assert blank[0, 0] == policy.tokenizer.bos_token_id and blank[0, -1] == policy.boi
+
+
+def test_we_paint_what_transformers_paints(policy, monkeypatch):
+    """Greedily, with guidance 3: our loop against JanusForConditionalGeneration.generate."""
+    monkeypatch.setattr(generate, "draw_token", lambda logits, uniform: logits.argmax(-1))
+    ours = generate.sample(policy, PROMPTS[:1], KEYS[:1], cot=False, cfg_weight=3.0).image_ids
+    ids, mask = generate.image_context(policy, PROMPTS[:1], [""])
+    theirs = policy.model.generate(input_ids=ids, attention_mask=mask.long(), generation_mode="image", do_sample=False, guidance_scale=3.0)
+    assert torch.equal(ours, theirs)
+
+
+def test_weights_are_float32_and_only_the_language_model_is_trained(policy):
+    for name, parameter in policy.model.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.requires_grad == name.startswith(("model.language_model", "lm_head"))
+
+
+FILES = {
+    "T2I-R1: JSONL called .json": ('{"prompt": "a car", "nouns": ["car"], "task_type": "object"}\n{"prompt": "b", "task_type": "color"}',
+                                   [("0", "a car", "object"), ("1", "b", "color")]),
+    "GenEval: JSONL": ('{"tag": "counting", "include": [], "prompt": "two cats"}\n', [("0", "two cats", "counting")]),
+    "WISE: a JSON list of objects": ('[{"Prompt": "p", "Subcategory": "time", "prompt_id": 831}]', [("831", "p", "time")]),
+    "HPDv2: a JSON list of texts": ('["x", "y"]', [("0", "x", ""), ("1", "y", "")]),
+    "T2I-CompBench: lines, CRLF": ("a red bag\r\na dog, a cat\r\n", [("0", "a red bag", ""), ("1", "a dog, a cat", "")]),
+    "Parti: TSV": ("Prompt\tCategory\tChallenge\tNote\na cube\tShapes\tBasic\t\n", [("0", "a cube", "Shapes")]),
+    "DrawBench: CSV": ('Prompts,Category\n"a dog, sitting",Colors\n', [("0", "a dog, sitting", "Colors")]),
+}
+
+
+@pytest.mark.parametrize("layout", FILES)
+def test_prompt_files_are_recognised_by_their_content(layout, tmp_path):
+    text, expected = FILES[layout]
+    (tmp_path / "file.xyz").write_text(text, newline="")
+    rows = generate.load_prompts(tmp_path / "file.xyz")
+    assert [(row["id"], row["prompt"], row["tag"]) for row in rows] == expected
+
+
+def test_other_columns_of_a_prompt_file_are_kept(tmp_path):
+    (tmp_path / "f").write_text('{"prompt": "a", "nouns": ["a"], "spatial_info": {"obj1": 1}}')
+    assert generate.load_prompts(tmp_path / "f")[0]["spatial_info"] == {"obj1": 1}
+
+
+def test_a_folder_of_texts_is_a_prompt_file(tmp_path):
+    (tmp_path / "whoops1.txt").write_text("a long prompt\n")
+    assert generate.load_prompts(tmp_path)[0]["id"] == "whoops1"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"caption": null}', '{"prompt": 3}', '{"prompt": "a"}\n{"prompt": ', '[{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}]'])
+def test_a_bad_prompt_file_is_one_clear_error(text, tmp_path, capsys):
+    (tmp_path / "bad").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        generate.load_prompts(tmp_path / "bad")
+    assert stop.value.code == 2 and str(tmp_path / "bad") in capsys.readouterr().err
+
+
+def test_pictures_are_laid_out_as_geneval_reads_them_and_made_once(tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a red circle\nin/../the <b>dark\n")
+    cfg = generate.Config(prompts=str(tmp_path / "p.txt"), num_images=2, output_dir=str(tmp_path / "out"))
+    generate.main(cfg)
+    root = tmp_path / "out"
+    assert sorted(str(p.relative_to(root)) for p in root.rglob("*.png")) == [f"{i:05d}/samples/{k:04d}.png" for i in range(2) for k in range(2)]
+    assert json.loads((root / "00001/metadata.jsonl").read_text())["prompt"] == "in/../the <b>dark"
+    assert len((root / "manifest.jsonl").read_text().splitlines()) == 4
+    before = {p: p.read_bytes() for p in root.rglob("*.png")}
+    next(iter(before)).unlink()  # an interrupted run is completed, with the same picture
+    generate.main(cfg)
+    assert {p: p.read_bytes() for p in root.rglob("*.png")} == before
+    assert "1 pictures made, 3 were there already" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(SystemExit):
+        generate.load_policy(str(tmp_path))
+    assert "'llama'" in capsys.readouterr().err
