@@ -36,7 +36,8 @@ import torch
 import tyro
 from PIL import Image
 
-from generate import HERE, pick_device, usage_error
+from files import HERE, usage_error
+from generate import pick_device
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"  # where `vllm serve MODEL --port 8000` listens
 TOP = 20  # logprobs of the first token that are looked at; 20 is the most that servers give
@@ -69,8 +70,11 @@ class LocalJudge:
     def __init__(self, checkpoint, device):
         from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+        self.model = (
+            Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+        )
         self.model.requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         # The tokenizer and image processor alone: transformers' joint processor wants torchvision.
@@ -89,9 +93,13 @@ class LocalJudge:
             texts.append(text.replace(token, token * count))
         words = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
         is_image = words.input_ids == self.tokenizer.convert_tokens_to_ids(token)
-        return dict(input_ids=words.input_ids, attention_mask=(words.input_ids != pad).long(),
-                    mm_token_type_ids=is_image.int(),  # without it the picture gets no 2-D positions
-                    pixel_values=pictures["pixel_values"], image_grid_thw=pictures["image_grid_thw"])
+        return dict(
+            input_ids=words.input_ids,
+            attention_mask=(words.input_ids != pad).long(),
+            mm_token_type_ids=is_image.int(),  # without it the picture gets no 2-D positions
+            pixel_values=pictures["pixel_values"],
+            image_grid_thw=pictures["image_grid_thw"],
+        )
 
     def logits(self, questions, images):
         """(N, V) logits of the first answer token."""
@@ -102,7 +110,7 @@ class LocalJudge:
     def __call__(self, question, images):
         scores = []
         for i in range(0, len(images), 64):
-            batch = [image.convert("RGB") for image in images[i:i + 64]]
+            batch = [image.convert("RGB") for image in images[i : i + 64]]
             logprobs, ids = self.logits([question] * len(batch), batch).log_softmax(-1).topk(TOP)
             for row, values in zip(ids, logprobs.tolist()):
                 scores.append(p_no(zip(self.tokenizer.batch_decode(row[:, None]), values)))
@@ -115,22 +123,32 @@ class ServedJudge:
     def __init__(self, urls, model=None, timeout=60.0, retries=4, concurrency=16):
         # One policy for time-outs and retries, the client's own: it waits as the server's Retry-After
         # says and repeats what can be repeated. A second loop around it would multiply the waiting.
-        self.clients = [openai.OpenAI(base_url=url, api_key="EMPTY", timeout=timeout, max_retries=retries) for url in urls]
+        self.clients = [
+            openai.OpenAI(base_url=url, api_key="EMPTY", timeout=timeout, max_retries=retries) for url in urls
+        ]
         self.failures = collections.Counter()
         self.pool = ThreadPoolExecutor(concurrency)  # threads, not processes: the work is waiting
         self.model = model
         for url, client in zip(urls, self.clients):
             try:
-                served = [entry.id for entry in client.with_options(max_retries=1, timeout=10).models.list().data]
+                served = [
+                    entry.id for entry in client.with_options(max_retries=1, timeout=10).models.list().data
+                ]
             except openai.OpenAIError as problem:
-                usage_error(f"no judge answers at {url} ({type(problem).__name__}); start one with "
-                            "`vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8000` or give another --judge-url")
+                usage_error(
+                    f"no judge answers at {url} ({type(problem).__name__}); start one with "
+                    "`vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8000` or give another --judge-url"
+                )
             self.model = self.model or served[0]
             if self.model not in served:
-                usage_error(f"--judge-model {self.model}: {url} serves {', '.join(served)}; name one of these")
+                usage_error(
+                    f"--judge-model {self.model}: {url} serves {', '.join(served)}; name one of these"
+                )
 
     def __call__(self, question, images):
-        return list(self.pool.map(self.ask, itertools.cycle(self.clients), itertools.repeat(question), images))
+        return list(
+            self.pool.map(self.ask, itertools.cycle(self.clients), itertools.repeat(question), images)
+        )
 
     def ask(self, client, question, image):
         buffer = io.BytesIO()
@@ -140,8 +158,13 @@ class ServedJudge:
         content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": url}}]
         try:
             reply = client.chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": content}], max_tokens=1,
-                temperature=0.0, logprobs=True, top_logprobs=TOP)
+                model=self.model,
+                messages=[{"role": "user", "content": content}],
+                max_tokens=1,
+                temperature=0.0,
+                logprobs=True,
+                top_logprobs=TOP,
+            )
         except (openai.OpenAIError, ValueError) as problem:  # ValueError: a body that is no JSON
             self.failures[f"{type(problem).__name__}: {str(problem)[:200]}"] += 1
             return math.nan
@@ -194,7 +217,9 @@ class Config:
 
 def main(cfg):
     local = str(HERE / "tiny" / "artifact") if cfg.checkpoint == "tiny" else cfg.checkpoint
-    reward = ArtifactReward(pick_device("auto")[0], None if cfg.judge_url else local, cfg.judge_url, cfg.judge_model, cfg.question)
+    reward = ArtifactReward(
+        pick_device("auto")[0], None if cfg.judge_url else local, cfg.judge_url, cfg.judge_model, cfg.question
+    )
     failed = 0
     for path in cfg.images:
         try:

@@ -17,7 +17,6 @@ Read next: tiny.py (how gold is measured)
 
 import base64
 import html
-import io
 import json
 import math
 from collections import defaultdict
@@ -28,15 +27,11 @@ from typing import Annotated
 import tyro
 from PIL import Image, ImageDraw
 
-from generate import atomic, usage_error
+from files import atomic, read_jsonl, usage_error
 
 CLEAN_ENOUGH = 0.5  # gold-clean from here on counts as artifact-free (the tiny world's definition)
 STRIP = 12  # pictures in the strip of fixed prompts
 BLIND = "only watched"
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def read_run(run):
@@ -83,7 +78,9 @@ def best_of_n(pool, n, value):
     for group in prompts.values():
         ranked, N = sorted(group, key=lambda r: -r["total"]), len(group)
         if N >= n:
-            expected.append(sum(math.comb(N - 1 - i, n - 1) * value(r) for i, r in enumerate(ranked)) / math.comb(N, n))
+            expected.append(
+                sum(math.comb(N - 1 - i, n - 1) * value(r) for i, r in enumerate(ranked)) / math.comb(N, n)
+            )
     return mean(expected)
 
 
@@ -103,16 +100,26 @@ def seeds_table(runs):
         config, steps, tests, _ = read_run(run)
         groups[config["flags"]["rewards"]].append((steps, tests))
     columns = ["hps", "artifact-free", "gold", "gold-aligned", "kl"]
-    lines = ["| trained on | seeds | " + " | ".join(columns) + " | hps gain in within-prompt deviations |",
-             "|---" * (len(columns) + 3) + "|"]
+    lines = [
+        "| trained on | seeds | " + " | ".join(columns) + " | hps gain in within-prompt deviations |",
+        "|---" * (len(columns) + 3) + "|",
+    ]
     for name, members in groups.items():
         cells = []
         for column in columns:
             pairs = [(tests[0][column], tests[-1][column]) for _, tests in members if column in tests[0]]
             change, width = interval([b - a for a, b in pairs]) if pairs else (math.nan, math.nan)
-            cells.append(f"{mean(a for a, _ in pairs):.3f} -> {mean(b for _, b in pairs):.3f} ({change:+.3f} ± {width:.3f})" if pairs else "-")
-        gains = [(tests[-1]["hps"] - tests[0]["hps"]) / next(v for k, v in steps[0].items() if k.endswith("/hps/group_std"))
-                 for steps, tests in members if "hps" in tests[0] and steps]
+            cells.append(
+                f"{mean(a for a, _ in pairs):.3f} -> {mean(b for _, b in pairs):.3f} ({change:+.3f} ± {width:.3f})"
+                if pairs
+                else "-"
+            )
+        gains = [
+            (tests[-1]["hps"] - tests[0]["hps"])
+            / next(v for k, v in steps[0].items() if k.endswith("/hps/group_std"))
+            for steps, tests in members
+            if "hps" in tests[0] and steps
+        ]
         center, width = interval(gains) if gains else (math.nan, math.nan)
         lines.append(f"| {name} | {len(members)} | " + " | ".join(cells) + f" | {center:.2f} ± {width:.2f} |")
     return lines
@@ -147,34 +154,57 @@ def training_grid(run):
 
 
 def hacking_figure(runs, path):
-    """Proxy and truth against sqrt(KL) for one or several runs, best-of-n of the base policy beside them."""
+    """Proxy and truth against sqrt(KL), a colour for each set of training rewards (one line a seed), with
+    best-of-n of the base policy on the same axes; below, the same prompts and noise before and after."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    truth = ["gold", "artifact-free"]
-    read = [(Path(run).name, *read_run(run)) for run in runs]
-    proxies = [name for name in dict.fromkeys(part.split(":")[0] for _, config, *_ in read for part in config["flags"]["rewards"].split(","))]
-    panels = [*proxies, *(name for name in truth if any(name in tests[0] for *_, tests, _ in read))]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4), layout="constrained", squeeze=False)
-    for axis, name in zip(axes[0], panels):
-        for i, (label, config, _, tests, pool) in enumerate(read):
-            trains = config["flags"]["rewards"]
+    read = [(Path(run), *read_run(run)) for run in runs]
+    trained = [config["flags"]["rewards"] for _, config, *_ in read]
+    kinds = list(dict.fromkeys(trained))
+    proxies = list(dict.fromkeys(part.split(":")[0] for kind in kinds for part in kind.split(",")))
+    panels = [
+        *proxies,
+        *(name for name in ("artifact-free", "gold") if any(name in tests[0] for *_, tests, _ in read)),
+    ]
+    figure = plt.figure(figsize=(3.3 * len(panels), 4.3 + 0.8 * len(kinds)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[3.5, 0.8 * (1 + len(kinds))])
+    for axis, name in zip(above.subplots(1, len(panels), squeeze=False)[0], panels):
+        labelled = set()
+        for kind, (_, _, _, tests, pool) in zip(trained, read):
+            style = dict(color=f"C{kinds.index(kind)}", markersize=4)
             points = [(math.sqrt(max(0.0, t["kl"])), t[name]) for t in tests if name in t]
-            if points:
-                axis.plot(*zip(*points), "o-", color=f"C{i}", markersize=4, label=f"GRPO on {trains}" if len(read) == 1 or len({c['flags']['rewards'] for _, c, *_ in read}) == len(read) else label)
+            axis.plot(*zip(*points), "o-", label=None if kind in labelled else f"GRPO on {kind}", **style)
             value = artifact_free if name == "artifact-free" else lambda r: r[name]
-            if pool and (name in pool[0] or name == "artifact-free" and "gold-clean" in pool[0]):
+            if pool and kind not in labelled and (name in pool[0] or name == "artifact-free"):
                 largest = max(r["sample"] for r in pool) + 1
-                ns = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= largest]
-                axis.plot([math.sqrt(math.log(n) - (n - 1) / n) for n in ns], [best_of_n(pool, n, value) for n in ns],
-                          "s--", color=f"C{i}", markersize=4, alpha=0.6, label=f"best of n on {trains}")
-        axis.set_title(f"{name}: " + ("a reward that trains" if name in proxies else "the truth, " + BLIND), fontsize=10)
-        axis.set_xlabel("sqrt(KL to the base policy), nats$^{1/2}$")
+                ns = [2**i for i in range(10) if 2**i <= largest]
+                axis.plot(
+                    [math.sqrt(math.log(n) - (n - 1) / n) for n in ns],
+                    [best_of_n(pool, n, value) for n in ns],
+                    "s--",
+                    alpha=0.6,
+                    label=f"best of n by {kind}, n to {ns[-1]}",
+                    **style,
+                )
+            labelled.add(kind)
+        axis.set_title(f"{name} ({'a proxy' if name in proxies else 'the truth'})", fontsize=10)
+        axis.set_xlabel("sqrt(KL to the base policy)")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+    above.axes[-1].legend(fontsize=7)
+    rows = [("before", sorted((read[0][0] / "samples").glob("step_*.png"))[0])]
+    rows += [
+        (f"after GRPO on {kind}", sorted((read[trained.index(kind)][0] / "samples").glob("step_*.png"))[-1])
+        for kind in kinds
+    ]
+    for axis, (title, strip) in zip(below.subplots(len(rows), 1, squeeze=False)[:, 0], rows):
+        axis.imshow(Image.open(strip))
+        axis.set_title(title, fontsize=9, loc="left", pad=2)
+        axis.axis("off")
     with atomic(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=130)
+        figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
 
 
@@ -189,11 +219,16 @@ def picture(path):
 
 def table(rows):
     """Dicts with the same keys -> an HTML table; every text escaped, for prompts are anybody's."""
+
     def cell(value):
         return f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
 
     head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
-    return f"<table><tr>{head}</tr>" + "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row.values()) + "</tr>" for row in rows) + "</table>"
+    return (
+        f"<table><tr>{head}</tr>"
+        + "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row.values()) + "</tr>" for row in rows)
+        + "</table>"
+    )
 
 
 def report(run):
@@ -205,7 +240,9 @@ def report(run):
     trained = [part.split(":")[0] for part in config["flags"]["rewards"].split(",")]
     records = read_jsonl(sorted((run / "tests").glob("step_*.jsonl"))[-1])
     gap = (lambda r: r["gold"] - r[trained[0]]) if "gold" in records[0] else (lambda r: -r[trained[0]])
-    worst = sorted((r for r in records if math.isfinite(gap(r))), key=gap)[:12]  # the reward likes it, it is not good
+    worst = sorted((r for r in records if math.isfinite(gap(r))), key=gap)[
+        :12
+    ]  # the reward likes it, it is not good
     page = f"""<!doctype html><meta charset="utf-8"><title>{html.escape(run.name)}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>:root {{ color-scheme: light dark }} body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }}
@@ -235,7 +272,9 @@ def main(cfg):
         runs = sorted(Path("runs").glob("*/test.jsonl"), key=lambda path: path.stat().st_mtime)[-1:]
         runs = [path.parent for path in runs]
     if not runs:
-        usage_error(f"no runs in {', '.join(cfg.runs) or 'runs/'}; make one with torchrun grpo.py --rewards hps,artifact")
+        usage_error(
+            f"no runs in {', '.join(cfg.runs) or 'runs/'}; make one with torchrun grpo.py --rewards hps,artifact"
+        )
     for run in runs:
         print(report(run))
     print("\n".join(seeds_table(runs)))

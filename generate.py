@@ -23,14 +23,9 @@ Left out: image understanding (Janus' other half), beam search, top-k (it would 
 distribution another one than the scored).   Read next: rewards.py
 """
 
-import contextlib
-import csv
 import hashlib
-import io
 import json
-import os
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,96 +36,13 @@ from tqdm import tqdm
 from transformers import JanusForConditionalGeneration, JanusProcessor, StaticCache
 from transformers.utils import logging as transformers_logging
 
+from files import HERE, atomic, load_prompts, usage_error
+
 transformers_logging.set_verbosity_error()  # it would announce each fallback from torchvision to Pillow
 transformers_logging.disable_progress_bar()
 
-HERE = Path(__file__).parent
-
 # Shapes:  N rollouts   L context tokens (padded on the left)   C thought tokens   T image tokens
 #          V vocabulary
-
-
-def usage_error(message):
-    """Wrong usage: one line with the rule, the value and the remedy; exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-@contextlib.contextmanager
-def atomic(path, mode="w"):
-    """Open a file that appears whole or not at all: written beside its place, then renamed into it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-# --- prompts ----------------------------------------------------------------------------------
-
-ALIASES = {  # our field -> what the benchmarks call it, first match wins
-    "prompt": ("prompt", "Prompt", "Prompts", "caption", "text"),
-    "id": ("id", "prompt_id", "item_id"),
-    "tag": ("tag", "task_type", "Subcategory", "Category", "Challenge"),
-}
-
-
-def load_prompts(path):
-    """Read any prompt file of the field: list of dicts with `id`, `prompt`, `tag`, and every other
-    column kept. The content decides, never the extension (T2I-R1's training file is JSONL called
-    .json): JSONL, a JSON list of objects or strings, a table (TSV or CSV with a header that names a
-    prompt column), plain lines, or a folder of .txt files (DPG-Bench). Wrong input: exit code 2."""
-    path = Path(path)
-    if path.is_dir():
-        rows = [{"id": f.stem, "prompt": f.read_text(encoding="utf-8")} for f in sorted(path.glob("*.txt"))]
-    elif path.is_file():
-        rows = parse_prompts(path.read_text(encoding="utf-8-sig"), path)
-    else:
-        usage_error(f"--prompts {path}: no such file or folder")
-    prompts, seen = [], set()
-    for number, row in enumerate(rows):
-        row = {"prompt": row} if isinstance(row, str) else row
-        if not isinstance(row, dict):
-            usage_error(f"{path}, entry {number + 1}: a prompt is a text or an object, not {str(row)[:60]!r}")
-        known = {ours: next((row[name] for name in names if row.get(name) not in (None, "")), None)
-                 for ours, names in ALIASES.items()}
-        if not isinstance(known["prompt"], str) or not known["prompt"].strip():
-            usage_error(f"{path}, entry {number + 1}: no prompt in it; it needs one of the fields "
-                        f"{', '.join(ALIASES['prompt'])}: {str(row)[:100]}")
-        known["id"] = str(known["id"] if known["id"] is not None else number)
-        if known["id"] in seen:
-            usage_error(f"{path}, entry {number + 1}: id {known['id']!r} occurs twice; ids name files")
-        seen.add(known["id"])
-        prompts.append({**row, **known, "prompt": known["prompt"].strip(), "tag": known["tag"] or ""})
-    if not prompts:
-        usage_error(f"{path}: no prompts in it; one per line is enough")
-    return prompts
-
-
-def parse_prompts(text, path):
-    """The rows of one prompt file, not yet checked: dicts or strings."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    if text.lstrip()[:1] in ("{", "["):
-        try:  # one JSON value
-            whole = json.loads(text)
-            return whole if isinstance(whole, list) else [whole]
-        except json.JSONDecodeError:  # or one a line
-            rows = []
-            for number, line in enumerate(text.splitlines(), 1):
-                if line.strip():
-                    try:
-                        rows.append(json.loads(line))
-                    except json.JSONDecodeError as problem:
-                        usage_error(f"{path}, line {number}: not JSON ({problem.msg}): {line[:80]!r}")
-            return rows
-    delimiter = "\t" if lines and "\t" in lines[0] else ","
-    header = next(csv.reader(lines[:1], delimiter=delimiter), [])
-    if set(header) & set(ALIASES["prompt"]):
-        return list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
-    return [line.split("\t")[0] for line in lines]
 
 
 # --- the policy -------------------------------------------------------------------------------
@@ -152,6 +64,12 @@ class Policy:
         self.grid = self.model.config.vq_config.num_patches  # pictures are grid x grid tokens
         self.device = next(self.model.parameters()).device
 
+    def save(self, folder):
+        """A folder that load_policy, and JanusForConditionalGeneration.from_pretrained, open."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        (Path(folder) / "reasoning.txt").write_text(self.reasoning + "\n", encoding="utf-8")
+
     def arithmetic(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
@@ -167,27 +85,26 @@ def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32):
     if path.is_dir() and (path / "config.json").is_file():
         kind = json.loads((path / "config.json").read_text()).get("model_type")
         if kind != "janus":
-            usage_error(f"--model {name_or_path}: holds a {kind!r} checkpoint; needed is 'janus' in the Hugging "
-                        "Face format, such as deepseek-community/Janus-Pro-1B (deepseek-ai's own are not)")
+            usage_error(
+                f"--model {name_or_path}: holds a {kind!r} checkpoint; needed is 'janus' in the Hugging "
+                "Face format, such as deepseek-community/Janus-Pro-1B (deepseek-ai's own are not)"
+            )
     elif path.is_dir() or name_or_path.startswith((".", "/")):
-        usage_error(f"--model {name_or_path}: no config.json there; needed is a folder saved by save_pretrained")
+        usage_error(
+            f"--model {name_or_path}: no config.json there; needed is a folder saved by save_pretrained"
+        )
     try:
         model = JanusForConditionalGeneration.from_pretrained(where, dtype=torch.float32).to(device).eval()
         processor = JanusProcessor.from_pretrained(where)
     except OSError as problem:
         usage_error(f"--model {name_or_path}: cannot be loaded ({str(problem).splitlines()[0]})")
     own = path / "reasoning.txt"  # a checkpoint may bring the instruction that it was trained with
-    reasoning = (own if own.is_file() else HERE / "prompts" / "reasoning.txt").read_text(encoding="utf-8").strip()
+    reasoning = (
+        (own if own.is_file() else HERE / "prompts" / "reasoning.txt").read_text(encoding="utf-8").strip()
+    )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(("model.language_model.", "lm_head.")))
     return Policy(model, processor, reasoning, dtype)
-
-
-def save_policy(policy, folder):
-    """A folder that load_policy, and JanusForConditionalGeneration.from_pretrained, open."""
-    policy.model.save_pretrained(folder)
-    policy.processor.save_pretrained(folder)
-    (Path(folder) / "reasoning.txt").write_text(policy.reasoning + "\n", encoding="utf-8")
 
 
 def chat(policy, text):
@@ -297,8 +214,13 @@ def decode(policy, ids, mask, new_tokens, uniform, embed, head, eos=None):
     x = policy.body.get_input_embeddings()(ids)
     tokens, ended = [], torch.zeros(len(uniform), dtype=torch.bool, device=ids.device)
     for t in range(new_tokens):
-        hidden = policy.body(inputs_embeds=x, attention_mask=allowed, position_ids=position,
-                             past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        hidden = policy.body(
+            inputs_embeds=x,
+            attention_mask=allowed,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
         token = draw_token(head(hidden), uniform[:, t])
         if eos is not None:
             token = torch.where(ended, policy.tokenizer.pad_token_id, token)
@@ -327,24 +249,39 @@ def sample(policy, prompts, keys, cot=True, cfg_weight=None, max_thought=64):
         if cot:
             ids, mask = thought_context(policy, prompts)
             embed = policy.body.get_input_embeddings()
-            thought_ids = decode(policy, ids, mask, max_thought, uniform, lambda t: embed(t[:, None]),
-                                 policy.model.lm_head, eos=policy.tokenizer.eos_token_id)
+            thought_ids = decode(
+                policy,
+                ids,
+                mask,
+                max_thought,
+                uniform,
+                lambda t: embed(t[:, None]),
+                policy.model.lm_head,
+                eos=policy.tokenizer.eos_token_id,
+            )
         else:
             thought_ids = torch.zeros(len(prompts), 0, dtype=torch.long, device=policy.device)
         # Everything up to and including the first end-of-sentence was a choice; padding was not.
         ended = (thought_ids == policy.tokenizer.eos_token_id).long()
         thought_mask = ended.cumsum(1) - ended == 0
-        thoughts = [policy.tokenizer.decode(row[chosen], skip_special_tokens=True).strip()
-                    for row, chosen in zip(thought_ids, thought_mask)]
+        thoughts = [
+            policy.tokenizer.decode(row[chosen], skip_special_tokens=True).strip()
+            for row, chosen in zip(thought_ids, thought_mask)
+        ]
 
         ids, mask = image_context(policy, prompts, thoughts)
         branches = 1 if cfg_weight == 1 else 2
         if branches == 2:
             ids, mask = torch.cat([ids, without_prompt(policy, ids)]), mask.repeat(2, 1)
         image_ids = decode(
-            policy, ids, mask, T, uniform[:, max_thought:],
+            policy,
+            ids,
+            mask,
+            T,
+            uniform[:, max_thought:],
             lambda t: policy.model.prepare_embeddings_for_image_generation(t.repeat(branches)[:, None]),
-            lambda hidden: guide(policy.model.model.generation_head(hidden).float(), cfg_weight))
+            lambda hidden: guide(policy.model.model.generation_head(hidden).float(), cfg_weight),
+        )
         images = to_images(policy, image_ids)
     return Rollouts(list(prompts), thoughts, thought_ids, thought_mask, image_ids, images)
 
@@ -362,7 +299,7 @@ def to_images(policy, image_ids, chunk=16):
     images = []
     for ids in image_ids.split(chunk):
         filled = torch.nn.functional.pad(ids, (0, 0, 0, chunk - len(ids)))
-        pixels = policy.model.model.vqmodel.decode(filled)[:len(ids)].float()
+        pixels = policy.model.model.vqmodel.decode(filled)[: len(ids)].float()
         pixels = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
         images += [Image.fromarray(p) for p in pixels]
     return images
@@ -405,7 +342,9 @@ def teach(policy, context, mask, continuation, continuation_mask=None):
         continuation_mask = torch.ones(continuation.shape[:2], dtype=torch.bool, device=x.device)
     mask = torch.cat([mask, continuation_mask[:, :-1]], 1)
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    out = policy.body(inputs_embeds=x, attention_mask=causal(mask, x.shape[1]), position_ids=position, use_cache=False)
+    out = policy.body(
+        inputs_embeds=x, attention_mask=causal(mask, x.shape[1]), position_ids=position, use_cache=False
+    )
     return out.last_hidden_state[:, -n:]
 
 
@@ -439,7 +378,9 @@ class Config:
 def pick_device(device, dtype="auto"):
     """("auto", "auto") -> the best there is: (device name, torch dtype)."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
     return device, getattr(torch, dtype)
@@ -451,35 +392,41 @@ def main(cfg):
     if cfg.num_images < 1 or cfg.batch_size < 1:
         usage_error(f"--num-images {cfg.num_images} --batch-size {cfg.batch_size}: both must be at least 1")
     rows = load_prompts(cfg.prompts) if cfg.prompts else [{"id": "0", "prompt": cfg.prompt, "tag": ""}]
-    rows = rows[:cfg.limit or None]
+    rows = rows[: cfg.limit or None]
     policy = load_policy(cfg.model, *pick_device(cfg.device, cfg.dtype))
+    weight = default_cfg(policy) if cfg.cfg_weight is None else cfg.cfg_weight
     root = Path(cfg.output_dir)
-    # File names come from numbers, never from prompts: a prompt may hold "/" or 300 letters.
-    jobs = [(i, k, root / f"{i:05d}" / "samples" / f"{k:04d}.png") for i in range(len(rows)) for k in range(cfg.num_images)]
-    todo = [job for job in jobs if cfg.overwrite or not job[2].exists()]
+    manifest, entries = root / "manifest.jsonl", {}
+    if manifest.exists():
+        entries = {entry["path"]: entry for entry in map(json.loads, manifest.read_text().splitlines())}
+
+    todo = []
     for i, row in enumerate(rows):
         with atomic(root / f"{i:05d}" / "metadata.jsonl") as file:
             file.write(json.dumps(row))
-    manifest = root / "manifest.jsonl"
-    known = {}
-    if manifest.exists():
-        known = {entry["path"]: entry for entry in map(json.loads, manifest.read_text().splitlines())}
+        for k in range(cfg.num_images):
+            # Names come from numbers, never from prompts: a prompt may hold "/" or have 300 letters.
+            entry = {"path": f"{i:05d}/samples/{k:04d}.png", "id": row["id"], "prompt": row["prompt"],
+                     "sample": k, "seed": cfg.seed, "model": cfg.model, "cfg_weight": weight, "cot": cfg.cot}
+            known = entries.get(entry["path"], {})
+            made = (root / entry["path"]).exists() and entry.items() <= known.items()  # by these very settings
+            if cfg.overwrite or not made:
+                todo.append((i, k, entry))
+
     for start in tqdm(range(0, len(todo), cfg.batch_size), desc="painting", disable=len(todo) <= cfg.batch_size):
-        batch = todo[start:start + cfg.batch_size]
-        rollouts = sample(policy, [rows[i]["prompt"] for i, _, _ in batch], [(cfg.seed, 0, i, k) for i, k, _ in batch],
-                          cot=cfg.cot, cfg_weight=cfg.cfg_weight, max_thought=cfg.max_thought)
-        for (i, k, path), image, thought in zip(batch, rollouts.images, rollouts.thoughts):
-            with atomic(path, "wb") as file:
+        batch = todo[start : start + cfg.batch_size]
+        prompts, keys = [rows[i]["prompt"] for i, _, _ in batch], [(cfg.seed, 0, i, k) for i, k, _ in batch]
+        rollouts = sample(policy, prompts, keys, cfg.cot, weight, cfg.max_thought)
+        for (_, _, entry), image, thought in zip(batch, rollouts.images, rollouts.thoughts):
+            with atomic(root / entry["path"], "wb") as file:
                 image.save(file, "PNG")
-            name = str(path.relative_to(root))
-            known[name] = {"id": rows[i]["id"], "prompt": rows[i]["prompt"], "sample": k, "thought": thought,
-                           "seed": cfg.seed, "path": name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-                           "model": cfg.model, "cfg_weight": cfg.cfg_weight or default_cfg(policy)}
+            digest = hashlib.sha256((root / entry["path"]).read_bytes()).hexdigest()
+            entries[entry["path"]] = entry | {"thought": thought, "sha256": digest}
             if len(todo) <= 8:
-                print(f"{path}  {thought}")
-        with atomic(manifest) as file:  # rewritten whole after each batch, so a stopped run can go on
-            file.writelines(json.dumps(known[name]) + "\n" for name in sorted(known))
-    print(f"{len(todo)} pictures made, {len(jobs) - len(todo)} were there already, in {root}/")
+                print(f"{root / entry['path']}  {thought}")
+        with atomic(manifest) as file:  # whole after each batch, so that a stopped run can go on
+            file.writelines(json.dumps(entries[path]) + "\n" for path in sorted(entries))
+    print(f"{len(todo)} pictures made, {len(rows) * cfg.num_images - len(todo)} were there already, in {root}/")
 
 
 if __name__ == "__main__":

@@ -24,27 +24,24 @@ Left out: a value network, a KL in the reward, learned critics.   Read next: eva
 import json
 import math
 import os
-import platform
 import random
-import shlex
-import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections import Counter
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-import transformers
 import tyro
 from tqdm import tqdm
 
 import evaluate
+import files
 import generate
 import rewards as reward_models
-from generate import HERE, atomic, usage_error
+from files import HERE, usage_error
 
 # Shapes:  P prompts   G rollouts of each   N = P*G rollouts   S = C+T tokens of a rollout
 
@@ -52,21 +49,23 @@ from generate import HERE, atomic, usage_error
 @dataclass
 class Config:
     rewards: str = "hps,artifact"  # what trains the policy: name or name:weight, separated by commas
-    eval_rewards: str | None = None  # held out: watched, never trained on [tiny: gold,gold-clean; else: none]
+    eval_rewards: str | None = None  # held out: watched, never trained on [tiny: gold and its parts]
     model: str = "tiny"  # "tiny" makes every component tiny; or a folder or hub name of a Janus
-    prompts: str | None = None  # training prompts [tiny/prompts/train.jsonl or prompts/train.txt]
-    test_prompts: str | None = None  # prompts that only measure [tiny/prompts/test.jsonl or prompts/test.txt]
+    prompts: str | None = None  # training prompts [tiny/prompts/train.jsonl or prompts/train.jsonl]
+    test_prompts: str | None = None  # prompts that only measure [.../test.jsonl]
 
     num_generations: int = 8  # G, rollouts of a prompt: the group
-    prompts_per_step: int = 8  # P, over all processes
+    prompts_per_step: int = 16  # P, over all processes
     max_steps: int | None = None  # steps of training [tiny: 150; else 1600]
     learning_rate: float | None = None  # of AdamW [tiny: 1e-4; else 1e-6, as T2I-R1]
     beta: float = 0.01  # weight of the KL penalty to the reference policy
     epsilon: float = 0.2  # clip range below 1
     epsilon_high: float = 0.2  # clip range above 1; DAPO takes .28
     updates_per_rollout: int = 1  # optimizer steps on the same rollouts; 1: rho is 1, and nothing is clipped
-    advantage: Literal["group", "none", "global"] = "group"  # divide by the group's std (GRPO), nothing (Dr.GRPO), the batch's std (Flow-GRPO)
-    combine: Literal["sum", "normalized", "mean", "min", "uwo", "pareto", "constrained"] = "sum"  # several rewards -> one, see rewards.combine
+    # divide by the std of the group (GRPO), by nothing (Dr.GRPO), by that of the batch (Flow-GRPO)
+    advantage: Literal["group", "none", "global"] = "group"
+    # several rewards -> one: see rewards.combine
+    combine: Literal["sum", "normalized", "mean", "min", "uwo", "pareto", "constrained"] = "sum"
     floor: float = 0.7  # combine=constrained: every reward but the first is to stay above this
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 
@@ -89,16 +88,16 @@ class Config:
     save_steps: int = 25  # a checkpoint every so many steps
     save_total_limit: int = 2  # keep so many checkpoints
     eval_steps: int = 25  # test and draw the grid of fixed prompts every so many steps
-    eval_images: int = 160  # pictures of each test
+    eval_images: int = 216  # pictures of each test
     best_of: int = 16  # best-of-n is measured up to this n, on the base policy; 0: not at all
 
 
 # What "[tiny: ...; else ...]" above stands for.
 PRESETS = {
-    "tiny": dict(eval_rewards="gold,gold-clean", prompts=str(HERE / "tiny/prompts/train.jsonl"),
+    "tiny": dict(eval_rewards="gold,gold-clean,gold-aligned", prompts=str(HERE / "tiny/prompts/train.jsonl"),
                  test_prompts=str(HERE / "tiny/prompts/test.jsonl"), max_steps=150, learning_rate=1e-4),
-    "real": dict(eval_rewards="", prompts=str(HERE / "prompts/train.txt"),
-                 test_prompts=str(HERE / "prompts/test.txt"), max_steps=1600, learning_rate=1e-6),
+    "real": dict(eval_rewards="", prompts=str(HERE / "prompts/train.jsonl"),
+                 test_prompts=str(HERE / "prompts/test.jsonl"), max_steps=1600, learning_rate=1e-6),
 }
 
 
@@ -169,11 +168,13 @@ def prompts_of_step(rows, step, cfg):
     return chosen
 
 
-def rollout(policy, rows, indices, step, cfg):
-    """A group of G rollouts for each prompt index; groups are contiguous."""
-    keys = [(cfg.seed, step, i, k) for i in indices for k in range(cfg.num_generations)]
-    return generate.sample(policy, [rows[i]["prompt"] for _, _, i, _ in keys], keys, cot=cfg.cot,
-                           cfg_weight=guidance_weights(cfg, policy)[0], max_thought=cfg.max_thought)
+def rollout(policy, rows, jobs, stream, cfg):
+    """One thought and one picture for each job (prompt index, sample number). `stream` keeps the noise of
+    different uses apart: the step while training, -1 in tests, -2 for best-of-n."""
+    keys = [(cfg.seed, stream, i, k) for i, k in jobs]
+    weight = guidance_weights(cfg, policy)[0]
+    prompts = [rows[i]["prompt"] for i, _ in jobs]
+    return generate.sample(policy, prompts, keys, cfg.cot, weight, cfg.max_thought)
 
 
 def slices(rollouts, cfg):
@@ -213,9 +214,10 @@ def update(policy, reference, optimizer, rollouts, advantages, cfg):
         norm = torch.nn.utils.clip_grad_norm_(trainable(policy), cfg.max_grad_norm)
         optimizer.step()
     kl = torch.where(mask, kl_k3(torch.cat(old), reference_logprobs), 0.0).sum().item()
-    totals = torch.tensor(gather([[loss_sum, clipped / tokens, kl, len(rollouts)]]), dtype=torch.float64).sum(0).tolist()
-    return {"loss": totals[0] / cfg.updates_per_rollout, "clip_ratio": totals[1] / cfg.updates_per_rollout,
-            "kl": totals[2] / totals[3],  # nats a rollout, of the policy that sampled, so before this update
+    sums = gather([torch.tensor([loss_sum, clipped / tokens, kl, len(rollouts)], dtype=torch.float64)])
+    loss_sum, clipped, kl, n = torch.stack(sums).sum(0).tolist()
+    return {"loss": loss_sum / cfg.updates_per_rollout, "clip_ratio": clipped / cfg.updates_per_rollout,
+            "kl": kl / n,  # nats a rollout, of the policy that sampled: before this update
             "grad_norm": norm.item()}
 
 
@@ -256,102 +258,58 @@ def sum_gradients(policy):
 
 
 def test(policy, reference, scorers, rows, cfg, rank, world):
-    """Score the policy on test prompts, with the same keys each time, so that two steps differ by the
+    """Score the policy on test prompts, with the same noise each time, so that two steps differ by the
     policy alone. Returns (records of all pictures, the first pictures of this process)."""
     jobs = [(j % len(rows), j // len(rows)) for j in range(cfg.eval_images)][rank::world]
     records, shown = [], []
-    for start in range(0, len(jobs), cfg.micro_batch):
-        batch = jobs[start:start + cfg.micro_batch]
+    for batch in (jobs[i : i + cfg.micro_batch] for i in range(0, len(jobs), cfg.micro_batch)):
         chosen = [rows[i] for i, _ in batch]
-        rollouts = generate.sample(policy, [row["prompt"] for row in chosen], [(cfg.seed, -1, i, k) for i, k in batch],
-                                   cfg.cot, guidance_weights(cfg, policy)[0], cfg.max_thought)
+        rollouts = rollout(policy, rows, batch, -1, cfg)
         scores = reward_models.score(scorers, rollouts.prompts, rollouts.images, chosen)
         k3 = kl_k3(all_logprobs(policy, rollouts, cfg), all_logprobs(reference, rollouts, cfg))
         scores["kl"] = torch.where(rollouts.mask, k3, 0.0).sum(1)
-        records += record(chosen, [k for _, k in batch], rollouts, scores)
+        records += record(chosen, batch, rollouts, scores)
         shown += rollouts.images
-    return gather(records), shown[:evaluate.STRIP]
+    return gather(records), shown[: evaluate.STRIP]
 
 
 def best_of_n_pool(reference, scorers, weights, rows, cfg, rank, world):
     """`best_of` pictures of the *untrained* policy for each of 40 test prompts, with their scores: all that
-    best-of-n needs. It optimises the same reward without any RL, so what it breaks is the reward's fault."""
+    best-of-n needs. It optimises the same reward without any RL: what it breaks is the reward's fault."""
     pool = []
     for i in range(rank, min(40, len(rows)), world):
-        group = [rows[i]] * cfg.best_of
-        rollouts = generate.sample(reference, [rows[i]["prompt"]] * cfg.best_of, [(cfg.seed, -2, i, k) for k in range(cfg.best_of)],
-                                   cfg.cot, guidance_weights(cfg, reference)[0], cfg.max_thought)
+        jobs, group = [(i, k) for k in range(cfg.best_of)], [rows[i]] * cfg.best_of
+        rollouts = rollout(reference, rows, jobs, -2, cfg)
         scores = reward_models.score(scorers, rollouts.prompts, rollouts.images, group)
         scores["total"] = reward_models.combine(scores, weights, cfg.best_of)
-        pool += record(group, range(cfg.best_of), rollouts, scores)
+        pool += record(group, jobs, rollouts, scores)
     return gather(pool)
 
 
-def record(rows, samples, rollouts, scores):
+def record(rows, jobs, rollouts, scores):
     """One dict a picture: what was asked, what was thought, what it scored."""
     return [{"id": row["id"], "prompt": row["prompt"], "sample": k, "thought": rollouts.thoughts[n],
              **{name: values[n].item() for name, values in scores.items()}}
-            for n, (row, k) in enumerate(zip(rows, samples))]
+            for n, (row, (_, k)) in enumerate(zip(rows, jobs))]
 
 
 def summarize(records, trained, held_out, cfg):
     """One step's records -> numbers to log. NaN scores count as failed and enter no mean."""
-    groups = len(records) // cfg.num_generations
-    metrics = {"failed": sum(math.isnan(r["total"]) and any(math.isnan(r[name]) for name in trained) for r in records) / len(records)}
-    for name, kind in [*((n, "reward") for n in trained), *((n, "held-out") for n in held_out), ("total", "reward")]:
-        values = torch.tensor([r[name] for r in records])
+    failed = mean(any(math.isnan(r[name]) for name in trained) for r in records)
+    metrics = {"failed": failed, "thought_words": mean(len(r["thought"].split()) for r in records)}
+    kinds = dict.fromkeys(trained, "reward") | dict.fromkeys(held_out, "held-out") | {"total": "reward"}
+    for name, kind in kinds.items():
+        values = torch.tensor([r[name] for r in records]).view(-1, cfg.num_generations)
         metrics[f"{kind}/{name}"] = values.nanmean().item()
         # Within the group: the spread that GRPO learns from. No spread in a group, nothing to learn.
-        spread = values.view(groups, -1).std(1)
-        metrics[f"{kind}/{name}/group_std"] = spread.nanmean().item()
-    metrics["unanimous_groups"] = (spread == 0).float().mean().item()  # of the total, the last of the loop
-    metrics["thought_words"] = sum(len(r["thought"].split()) for r in records) / len(records)
+        metrics[f"{kind}/{name}/group_std"] = values.std(1).nanmean().item()
+        metrics["unanimous_groups"] = (values.std(1) == 0).float().mean().item()  # at last, of the total
     return metrics
 
 
-# --- the run folder -----------------------------------------------------------------------------
-
-
-def save_checkpoint(run, step, policy, optimizer, state, cfg):
-    """checkpoints/step-000100: the policy in the Hugging Face format, the optimizer, the counters. Written
-    under another name and renamed when complete, so that a kill leaves the previous one whole."""
-    folder = run / "checkpoints" / f"step-{step:06d}"
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    generate.save_policy(policy, partial)
-    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-    with atomic(partial / "state.json") as file:
-        json.dump({"step": step, **state}, file)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
-    for old in checkpoints(run)[:-cfg.save_total_limit]:
-        shutil.rmtree(old)
-
-
-def checkpoints(run):
-    return sorted((run / "checkpoints").glob("step-*"))
-
-
-def run_folder(cfg):
-    """(run folder, checkpoint to go on from or None). A name that is taken gets a number: nothing is overwritten."""
-    root = Path(cfg.output_dir)
-    name = cfg.run_name or f"{Path(cfg.model).name}_{cfg.rewards.replace(',', '+').replace(':', '=')}_seed{cfg.seed}"
-    if Path(name).name != name:
-        usage_error(f"--run-name {name}: a name, not a path; the folder is made in --output-dir {root}")
-    if cfg.resume not in ("never", "latest"):
-        run = Path(cfg.resume)
-        if not checkpoints(run):
-            usage_error(f"--resume {run}: no checkpoints/step-* in it; give a run folder, 'latest' or 'never'")
-        return run, checkpoints(run)[-1]
-    made = [p for p in root.glob("*") if p.name == name or p.name.startswith(name + "-") and p.name[len(name) + 1:].isdigit()]
-    if cfg.resume == "latest" and made:
-        run = max(made, key=lambda p: p.stat().st_ctime)
-        return run, checkpoints(run)[-1] if checkpoints(run) else None
-    run, number = root / name, 2
-    while run.exists():
-        run, number = root / f"{name}-{number}", number + 1
-    return run, None
+def mean(numbers):
+    numbers = list(numbers)
+    return sum(numbers) / len(numbers)
 
 
 def check(cfg, world):
@@ -364,50 +322,26 @@ def check(cfg, world):
     if not weights:
         usage_error("--rewards is empty; name at least one, such as hps,artifact")
     if weights.keys() & set(held_out):
-        usage_error(f"{', '.join(weights.keys() & set(held_out))} is in --rewards and in --eval-rewards: what is trained "
-                    "on cannot be believed; take it out of one")
+        usage_error(
+            f"{', '.join(weights.keys() & set(held_out))} is in --rewards and in --eval-rewards: what is trained "
+            "on cannot be believed; take it out of one"
+        )
     if cfg.num_generations < 2:
         usage_error(f"--num-generations {cfg.num_generations}: a group of one has no baseline; use 4 or more")
     if cfg.prompts_per_step < 1 or cfg.prompts_per_step % world:
-        usage_error(f"--prompts-per-step {cfg.prompts_per_step}: must be a multiple of the {world} processes; a group stays on one")
+        usage_error(
+            f"--prompts-per-step {cfg.prompts_per_step}: must be a multiple of the {world} processes; a group stays on one"
+        )
     if cfg.combine == "constrained" and len(weights) < 2:
-        usage_error("--combine constrained needs two rewards: the first is maximised, the others keep their --floor")
-    for name in ("max_steps", "learning_rate", "updates_per_rollout", "micro_batch", "max_thought", "max_grad_norm",
-                 "save_steps", "save_total_limit", "eval_steps", "eval_images"):
+        usage_error(
+            "--combine constrained needs two rewards: the first is maximised, the others keep their --floor"
+        )
+    positive = "max_steps learning_rate updates_per_rollout micro_batch max_thought max_grad_norm save_steps " \
+               "save_total_limit eval_steps eval_images"
+    for name in positive.split():
         if not getattr(cfg, name) > 0:
             usage_error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be greater than 0")
-    return weights, held_out, generate.load_prompts(cfg.prompts), generate.load_prompts(cfg.test_prompts)
-
-
-def load_rewards(names, cfg, device):
-    judge = dict(judge_urls=cfg.judge_url, judge_model=cfg.judge_model)
-    return {name: reward_models.load(name, device, "tiny" if cfg.model == "tiny" else None, **(judge if name == "artifact" else {}))
-            for name in names}
-
-
-def begin_log(run, start, cfg, world):
-    """Make the run folder. Lines of steps that will be made again are dropped, so that the log of a resumed
-    run equals that of an uninterrupted one."""
-    run.mkdir(parents=True, exist_ok=True)
-    for name, first in (("metrics.jsonl", start), ("test.jsonl", start + 1 if start else 0)):
-        if (run / name).exists():
-            lines = [line for line in (run / name).read_text().splitlines(True) if line.endswith("\n")]
-            with atomic(run / name) as file:
-                file.writelines(line for line in lines if json.loads(line)["step"] < first)
-    with atomic(run / "config.json") as file:
-        json.dump({"flags": asdict(cfg), "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "processes": world,
-                   "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-                   "threads": torch.get_num_threads()}, file, indent=2)
-
-
-def log_line(path, line):
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def log_records(path, records):
-    with atomic(path) as file:
-        file.writelines(json.dumps(r) + "\n" for r in records)
+    return weights, held_out, files.load_prompts(cfg.prompts), files.load_prompts(cfg.test_prompts)
 
 
 # --- the algorithm ------------------------------------------------------------------------------
@@ -416,86 +350,128 @@ def log_records(path, records):
 def main(cfg):
     rank, world = start_processes()
     weights, held_out, rows, test_rows = check(cfg, world)
-    run, checkpoint = gather([run_folder(cfg) if rank == 0 else None])[0]
+    run, checkpoint = gather([files.run_folder(cfg) if rank == 0 else None])[0]
     device, dtype = generate.pick_device(cfg.device, cfg.dtype)
     reference = generate.load_policy(cfg.model, device, dtype)
     policy = generate.load_policy(str(checkpoint or cfg.model), device, dtype)
     train_on, watch = load_rewards(weights, cfg, device), load_rewards(held_out, cfg, device)
-    optimizer = torch.optim.AdamW(trainable(policy), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    start, multipliers = 0, {name: 1.0 for name in list(weights)[1:]}  # multipliers: only for combine=constrained
-    if checkpoint:
-        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location=device))
-        state = json.loads((checkpoint / "state.json").read_text())
-        start, multipliers = state["step"], state["multipliers"]
-    if rank == 0:
-        begin_log(run, start, cfg, world)
-        print(f"{run}/: {' + '.join(weights)} trains, {' and '.join(held_out) or 'nothing'} is only watched; "
-              f"{cfg.prompts_per_step} prompts x {cfg.num_generations} pictures a step", flush=True)
-    signals = []  # SIGTERM ends the run after the step at hand, with a checkpoint
-    signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+    optimizer = torch.optim.AdamW(trainable(policy), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0)
+    state = load_state(checkpoint, optimizer, weights)
+    log = Log(cfg, run, state["step"], weights, held_out, rank, world)
+    stop = []  # SIGTERM ends the run after the step at hand, with a checkpoint
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
 
-    def measure(step):
-        records, shown = test(policy, reference, train_on | watch, test_rows, cfg, rank, world)
-        if rank == 0:
-            means = evaluate.test_means(records)
-            log_records(run / "tests" / f"step_{step:06d}.jsonl", records)
-            log_line(run / "test.jsonl", {"step": step, **means})
-            evaluate.save_strip(shown, run / "samples" / f"step_{step:06d}.png")
-            tqdm.write(f"test at step {step}:  " + "  ".join(f"{name} {value:.3f}" for name, value in means.items()))
-
-    if start == 0:
-        measure(0)
-    bar = tqdm(range(start, cfg.max_steps), initial=start, total=cfg.max_steps, disable=rank > 0, desc="grpo")
-    for step in bar:
-        clock = [time.perf_counter()]
+    if state["step"] == 0:
+        log.test(0, *test(policy, reference, train_on | watch, test_rows, cfg, rank, world))
+    for step in log.steps():
         indices = prompts_of_step(rows, step, cfg)[rank::world]  # a group stays on one process
-        asked = [rows[i] for i in indices for _ in range(cfg.num_generations)]
+        jobs = [(i, k) for i in indices for k in range(cfg.num_generations)]
+        asked = [rows[i] for i, _ in jobs]
 
-        rollouts = rollout(policy, rows, indices, step, cfg)  # G thoughts and pictures for each prompt
-        clock.append(time.perf_counter())
+        rollouts = rollout(policy, rows, jobs, step, cfg)  # G thoughts and pictures for each prompt
+        log.tick("rollout")
         scores = reward_models.score(train_on, rollouts.prompts, rollouts.images, asked)  # what trains
         believed = reward_models.score(watch, rollouts.prompts, rollouts.images, asked)  # what does not
-        total = reward_models.combine(scores, weights, cfg.num_generations, cfg.combine, multipliers)
-        clock.append(time.perf_counter())
+        total = reward_models.combine(scores, weights, cfg.num_generations, cfg.combine, state["multipliers"])
+        log.tick("score")
         everyone = torch.tensor(gather(total.tolist()))
-        advantages = group_advantages(everyone, cfg.num_generations, cfg.advantage)[rank * len(total):][:len(total)]
+        mine = slice(rank * len(total), (rank + 1) * len(total))
+        advantages = group_advantages(everyone, cfg.num_generations, cfg.advantage)[mine]
         metrics = update(policy, reference, optimizer, rollouts, advantages, cfg)  # better ones become likelier
-        clock.append(time.perf_counter())
+        log.tick("update")
 
-        records = gather(record(asked, [*range(cfg.num_generations)] * len(indices), rollouts,
-                                {**scores, **believed, "total": total, "advantage": advantages}))
+        scores |= believed | {"total": total, "advantage": advantages}
+        records = gather(record(asked, jobs, rollouts, scores))
         metrics |= summarize(records, list(weights), held_out, cfg)
+        log.step(step, metrics, records)
         if cfg.combine == "constrained":
-            means = {name: torch.tensor([r[name] for r in records]) for name in multipliers}
-            multipliers = reward_models.update_multipliers(multipliers, means, dict.fromkeys(multipliers, cfg.floor))
-        if rank == 0:
-            seconds = {f"seconds/{part}": round(b - a, 3) for part, a, b in zip(("rollout", "score", "update"), clock, clock[1:])}
-            log_line(run / "metrics.jsonl", {"step": step, **metrics, **seconds})
-            log_records(run / "rollouts" / f"step_{step:06d}.jsonl", records)
-            bar.set_postfix({name: f"{metrics[f'{kind}/{name}']:.3f}" for kind, names in (("reward", weights), ("held-out", held_out))
-                             for name in names} | {"kl": f"{metrics['kl']:.2f}"})
+            seen = {name: torch.tensor([r[name] for r in records]) for name in state["multipliers"]}
+            floors = dict.fromkeys(seen, cfg.floor)
+            state["multipliers"] = reward_models.update_multipliers(state["multipliers"], seen, floors)
 
-        done, last = step + 1, step + 1 == cfg.max_steps
-        failing, stopping = metrics["failed"] > cfg.max_failures, any(gather([bool(signals)]))
-        if done % cfg.eval_steps == 0 or last:
-            measure(done)
-        if rank == 0 and (done % cfg.save_steps == 0 or last or failing or stopping):
-            save_checkpoint(run, done, policy, optimizer, {"multipliers": multipliers}, cfg)
-        if failing or stopping:
-            reasons = [f"{reason} ({count}x)" for reward in train_on.values() for reason, count in getattr(reward, "failures", {}).items()]
-            if rank == 0:
-                print(f"stopped after step {done}, saved; go on with --resume latest. " + (
-                    f"{metrics['failed']:.0%} of the rollouts had no score: {'; '.join(reasons)}" if failing else ""), file=sys.stderr)
-            raise SystemExit(3 if failing else 143)
+        state["step"] = done = step + 1
+        ends = done == cfg.max_steps or any(gather([bool(stop)])) or metrics["failed"] > cfg.max_failures
+        if done % cfg.eval_steps == 0 or done == cfg.max_steps:
+            log.test(done, *test(policy, reference, train_on | watch, test_rows, cfg, rank, world))
+        if rank == 0 and (done % cfg.save_steps == 0 or ends):
+            files.save_checkpoint(run, state, policy, optimizer, cfg.save_total_limit)
+        if ends and done < cfg.max_steps:
+            give_up(metrics["failed"], train_on, cfg, rank)
 
     if cfg.best_of:
-        pool = best_of_n_pool(reference, train_on | watch, weights, test_rows, cfg, rank, world)
-        if rank == 0:
-            log_records(run / "best_of_n.jsonl", pool)
+        log.pool(best_of_n_pool(reference, train_on | watch, weights, test_rows, cfg, rank, world))
     if rank == 0:
         print(f"look at {evaluate.report(run)}")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def load_rewards(names, cfg, device):
+    checkpoint = "tiny" if cfg.model == "tiny" else None
+    judge = {"artifact": dict(judge_urls=cfg.judge_url, judge_model=cfg.judge_model)}
+    return {name: reward_models.load(name, device, checkpoint, **judge.get(name, {})) for name in names}
+
+
+def load_state(checkpoint, optimizer, weights):
+    """The counters of a run: the next step, and the multipliers of combine=constrained."""
+    if not checkpoint:
+        return {"step": 0, "multipliers": {name: 1.0 for name in list(weights)[1:]}}
+    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def give_up(failed, scorers, cfg, rank):
+    """The end before the end, after a checkpoint: 143 if asked to stop, 3 if the rewards fail."""
+    failing = failed > cfg.max_failures
+    if rank == 0:
+        reasons = Counter()
+        for reward in scorers.values():
+            reasons |= getattr(reward, "failures", Counter())
+        why = f"{failed:.0%} of the rollouts had no score: {dict(reasons)}; " if failing else ""
+        print(f"{why}stopped, with a checkpoint; --resume latest goes on from it", file=sys.stderr)
+    raise SystemExit(3 if failing else 143)
+
+
+class Log:
+    """The run folder and the screen: on rank 0 it writes, elsewhere it does nothing."""
+
+    def __init__(self, cfg, run, start, weights, held_out, rank, world):
+        self.run, self.writes, self.seconds, self.clock = run, rank == 0, {}, time.perf_counter()
+        self.shown = [("reward", name) for name in weights] + [("held-out", name) for name in held_out]
+        if self.writes:
+            files.begin_log(run, start, cfg, world)
+            print(f"{run}/: {' + '.join(weights)} trains, {' and '.join(held_out) or 'nothing'} is only "
+                  f"watched; {cfg.prompts_per_step} prompts x {cfg.num_generations} pictures a step", flush=True)
+        self.bar = tqdm(range(start, cfg.max_steps), initial=start, total=cfg.max_steps, desc="grpo",
+                        disable=not self.writes)
+
+    def steps(self):
+        for step in self.bar:
+            self.clock = time.perf_counter()
+            yield step
+
+    def tick(self, part):
+        now = time.perf_counter()
+        self.seconds[f"seconds/{part}"], self.clock = round(now - self.clock, 3), now
+
+    def step(self, step, metrics, records):
+        if self.writes:
+            files.log_line(self.run / "metrics.jsonl", {"step": step, **metrics, **self.seconds})
+            files.log_records(self.run / "rollouts" / f"step_{step:06d}.jsonl", records)
+            numbers = {name: f"{metrics[f'{kind}/{name}']:.3f}" for kind, name in self.shown}
+            self.bar.set_postfix(numbers | {"kl": f"{metrics['kl']:.2f}"})
+
+    def test(self, step, records, images):
+        if self.writes:
+            means = evaluate.test_means(records)
+            files.log_records(self.run / "tests" / f"step_{step:06d}.jsonl", records)
+            files.log_line(self.run / "test.jsonl", {"step": step, **means})
+            evaluate.save_strip(images, self.run / "samples" / f"step_{step:06d}.png")
+            tqdm.write(f"test at step {step}:  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
+
+    def pool(self, records):
+        if self.writes:
+            files.log_records(self.run / "best_of_n.jsonl", records)
 
 
 if __name__ == "__main__":

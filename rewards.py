@@ -30,11 +30,12 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from artifact_reward import ArtifactReward
-from generate import HERE, pick_device, usage_error
+from files import HERE, usage_error
+from generate import pick_device
 
 # --- HPS v2.1: what people prefer -------------------------------------------------------------
 
-CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 # open_clip's names -> transformers' names. One table, read in both directions: the checkpoint of HPS
 # is in open_clip's, and tiny_train.py writes ours in it too.
@@ -92,6 +93,7 @@ class HPS:
             weights, base = folder / "HPS_v2.1_compressed.pt", folder
         else:  # the weights come without configuration or vocabulary; CLIP ViT-H/14 has both
             from huggingface_hub import hf_hub_download
+
             weights = hf_hub_download(str(folder), "HPS_v2.1_compressed.pt")
             base = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
         config = CLIPConfig.from_pretrained(base)
@@ -107,14 +109,18 @@ class HPS:
         """Longest side to the model's size, bicubic, centred on black, CLIP's mean and deviation (as
         HPS; CLIP itself would crop to a square). Pillow's resampling, which smooths when shrinking."""
         scale = self.size / max(image.size)
-        image = image.convert("RGB").resize([max(1, round(side * scale)) for side in image.size], Image.BICUBIC)
+        image = image.convert("RGB").resize(
+            [max(1, round(side * scale)) for side in image.size], Image.BICUBIC
+        )
         canvas = Image.new("RGB", (self.size, self.size))
         canvas.paste(image, ((self.size - image.width) // 2, (self.size - image.height) // 2))
         data = torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(self.size, self.size, 3)
         return ((data / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(2, 0, 1)
 
     def embed_texts(self, prompts):
-        words = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
+        words = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        )
         text = self.model.get_text_features(**words.to(self.device)).pooler_output
         return torch.nn.functional.normalize(text.float(), dim=-1)
 
@@ -126,8 +132,8 @@ class HPS:
     def __call__(self, prompts, images, metadata=None):
         scores = []
         for i in range(0, len(images), 64):
-            picture = self.embed_images(torch.stack([self.pixels(image) for image in images[i:i + 64]]))
-            scores.append((picture * self.embed_texts(list(prompts[i:i + 64]))).sum(-1))
+            picture = self.embed_images(torch.stack([self.pixels(image) for image in images[i : i + 64]]))
+            scores.append((picture * self.embed_texts(list(prompts[i : i + 64]))).sum(-1))
         return torch.cat(scores).cpu()
 
 
@@ -146,6 +152,7 @@ class Gold:
 
     def __init__(self, device="cpu", checkpoint=None):
         import tiny  # lazily: whoever trains Janus-Pro has no use for it
+
         self.world = tiny
 
     def __call__(self, prompts, images, metadata=None):
@@ -196,7 +203,7 @@ def load(name, device="cpu", checkpoint=None, **options):
 
 
 def parse(text):
-    """"hps:1,artifact:0.5" -> {"hps": 1.0, "artifact": 0.5}. Wrong input ends with exit code 2."""
+    """ "hps:1,artifact:0.5" -> {"hps": 1.0, "artifact": 0.5}. Wrong input ends with exit code 2."""
     weights = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, weight = part.partition(":")
@@ -205,7 +212,9 @@ def parse(text):
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            usage_error(f"--rewards {text}: {weight!r} is no number; write name:weight, as in hps:1,artifact:0.5")
+            usage_error(
+                f"--rewards {text}: {weight!r} is no number; write name:weight, as in hps:1,artifact:0.5"
+            )
         if name not in REWARDS:
             usage_error(f"--rewards {text}: unknown reward {name!r}; known are {', '.join(REWARDS)}")
         if name in weights:
@@ -261,14 +270,20 @@ def combine(scores, weights, group_size, how="sum", multipliers=None):
     if how in ("sum", "pareto"):
         total = (values * weight).sum(1)
     elif how == "constrained":
-        total = values[:, 0] + (values[:, 1:] * torch.tensor([multipliers[name] for name in names[1:]])).sum(1)
+        total = values[:, 0] + (values[:, 1:] * torch.tensor([multipliers[name] for name in names[1:]])).sum(
+            1
+        )
     else:
         z = standardize(values, group_size)
-        total = {"normalized": lambda: (z * weight).sum(1), "mean": lambda: z.mean(1), "min": lambda: z.min(1).values,
-                 "uwo": lambda: z.mean(1) - 0.5 * z.var(1, correction=0)}[how]()
+        total = {
+            "normalized": lambda: (z * weight).sum(1),
+            "mean": lambda: z.mean(1),
+            "min": lambda: z.min(1).values,
+            "uwo": lambda: z.mean(1) - 0.5 * z.var(1, correction=0),
+        }[how]()
     if how == "pareto":
         groups = (values * weight.sign()).view(-1, group_size, len(names))
-        a, b = groups[:, :, None], groups[:, None]  # does b beat a: nowhere worse, somewhere better?
+        a, b = (groups[:, :, None], groups[:, None])  # does b beat a: nowhere worse, somewhere better?
         beaten = ((b >= a).all(-1) & (b > a).any(-1)).any(2).view(-1)
         total = total.masked_fill(beaten, math.nan)
     return total
@@ -276,8 +291,10 @@ def combine(scores, weights, group_size, how="sum", multipliers=None):
 
 def update_multipliers(multipliers, scores, floors, rate=0.1):
     """Lagrange: lambda_k <- [lambda_k + rate (floor_k - mean r_k)]_+, one step of dual ascent."""
-    return {name: max(0.0, value + rate * (floors[name] - float(scores[name].nanmean())))
-            for name, value in multipliers.items()}
+    return {
+        name: max(0.0, value + rate * (floors[name] - float(scores[name].nanmean())))
+        for name, value in multipliers.items()
+    }
 
 
 # --- command line -----------------------------------------------------------------------------
@@ -296,7 +313,9 @@ def main(cfg):
     if cfg.list or not cfg.reward:
         print(f"{'name':14} {'range':14} {'needs':16} {'checkpoint':30} reference")
         for name, kind in REWARDS.items():
-            print(f"{name:14} {str(kind.range):14} {', '.join(kind.needs) or '-':16} {kind.checkpoint or '-':30} {kind.reference}")
+            print(
+                f"{name:14} {str(kind.range):14} {', '.join(kind.needs) or '-':16} {kind.checkpoint or '-':30} {kind.reference}"
+            )
         return
     if not cfg.images:
         usage_error('give pictures as well: python rewards.py hps "a red star" picture.png ...')

@@ -34,8 +34,14 @@ from PIL import Image, ImageDraw
 SIZE = 32  # pixels; the policy sees 8 x 8 tokens of 4 x 4 pixels
 GROUND = np.array((240, 240, 240), np.float32)
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-COLORS = {"red": (225, 45, 45), "yellow": (235, 205, 20), "green": (35, 165, 60),
-          "cyan": (20, 190, 215), "blue": (45, 75, 220), "purple": (150, 60, 190)}
+COLORS = {
+    "red": (225, 45, 45),
+    "yellow": (235, 205, 20),
+    "green": (35, 165, 60),
+    "cyan": (20, 190, 215),
+    "blue": (45, 75, 220),
+    "purple": (150, 60, 190),
+}
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 CORRUPTIONS = ("broken", "fused", "bleeding", "noise", "blocks")
@@ -63,11 +69,23 @@ def coverage(shape, x, y, r, size=SIZE, fine=8):
     angle = np.deg2rad(np.arange(10) * 36 - 90)
     long_short = np.where(np.arange(10) % 2 == 0, 1.25, 0.55)
     outline = {
-        "square": [(-.87, -.87), (.87, -.87), (.87, .87), (-.87, .87)],
-        "triangle": [(0, -1.2), (1.05, .6), (-1.05, .6)],
+        "square": [(-0.87, -0.87), (0.87, -0.87), (0.87, 0.87), (-0.87, 0.87)],
+        "triangle": [(0, -1.2), (1.05, 0.6), (-1.05, 0.6)],
         "star": list(zip(np.cos(angle) * long_short, np.sin(angle) * long_short)),
-        "cross": [(-.36, -1.1), (.36, -1.1), (.36, -.36), (1.1, -.36), (1.1, .36), (.36, .36),
-                  (.36, 1.1), (-.36, 1.1), (-.36, .36), (-1.1, .36), (-1.1, -.36), (-.36, -.36)],
+        "cross": [
+            (-0.36, -1.1),
+            (0.36, -1.1),
+            (0.36, -0.36),
+            (1.1, -0.36),
+            (1.1, 0.36),
+            (0.36, 0.36),
+            (0.36, 1.1),
+            (-0.36, 1.1),
+            (-0.36, 0.36),
+            (-1.1, 0.36),
+            (-1.1, -0.36),
+            (-0.36, -0.36),
+        ],
     }
     canvas = Image.new("L", (size * fine, size * fine))
     pen = ImageDraw.Draw(canvas)
@@ -109,11 +127,16 @@ def wanted(prompt):
     ([('circle', 'red'), ('square', None)], 'left of')
     """
     pattern = rf"\b({'|'.join(NUMBERS)}) (?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})(?:e?s)?\b"
-    things = [(shape, color or None) for number, color, shape in re.findall(pattern, prompt.lower())
-              for _ in range(NUMBERS[number])]
+    things = [
+        (shape, color or None)
+        for number, color, shape in re.findall(pattern, prompt.lower())
+        for _ in range(NUMBERS[number])
+    ]
     if not things:
-        raise ValueError(f"prompt {prompt!r}: the tiny world knows only phrases like 'two red stars' "
-                         f"or 'a circle above a blue square' ({', '.join(SHAPES)})")
+        raise ValueError(
+            f"prompt {prompt!r}: the tiny world knows only phrases like 'two red stars' "
+            f"or 'a circle above a blue square' ({', '.join(SHAPES)})"
+        )
     relation = re.search("|".join(RELATIONS), prompt.lower())
     return things, relation.group() if relation else None
 
@@ -140,13 +163,20 @@ def all_prompts():
     pairs = [(p, q) for p in colored for q in colored if p != q]
     return {
         "object": [prompt_row(f"a {p}", "object", [p]) for p in [*colored, *SHAPES]],
-        "two objects": [prompt_row(f"a {s} and a {t}", "object", [s, t])
-                        for s in SHAPES for t in SHAPES if s != t],
-        "counting": [prompt_row(f"{n} {p}{'es' if p.endswith('cross') else 's'}", "numeracy", [p])
-                     for n in ("two", "three", "four") for p in [*colored, *SHAPES]],
+        "two objects": [
+            prompt_row(f"a {s} and a {t}", "object", [s, t]) for s in SHAPES for t in SHAPES if s != t
+        ],
+        "counting": [
+            prompt_row(f"{n} {p}{'es' if p.endswith('cross') else 's'}", "numeracy", [p])
+            for n in ("two", "three", "four")
+            for p in [*colored, *SHAPES]
+        ],
         "color": [prompt_row(f"a {p} and a {q}", "color", [p, q]) for p, q in pairs],
-        "spatial": [prompt_row(f"a {p} {relation} a {q}", "spatial", [p, q])
-                    for p, q in pairs for relation in RELATIONS],
+        "spatial": [
+            prompt_row(f"a {p} {relation} a {q}", "spatial", [p, q])
+            for p, q in pairs
+            for relation in RELATIONS
+        ],
     }
 
 
@@ -162,6 +192,7 @@ def prompt_rows(split, per_family, seed=0):
     for family, members in all_prompts().items():
         members = [row for row in members if is_test_prompt(row["prompt"]) == (split == "test")]
         rows += rng.sample(members, min(per_family, len(members)))
+    rng.shuffle(rows)  # so that the first few show every family
     return [{"id": f"{split}-{i:04d}", **row} for i, row in enumerate(rows)]
 
 
@@ -178,9 +209,12 @@ def sample_scene(things, relation, rng):
             if 2 * edge >= SIZE:
                 break
             place = [rng.randrange(int(2 * edge) + 1, int(2 * (SIZE - edge))) / 2 for _ in "xy"]
-            scene.append(Thing(shape, color or rng.choice(list(COLORS)), *place, r, rng.uniform(.6, 1)))
-        gaps = [np.hypot(a.x - b.x, a.y - b.y) - 1.2 * (a.r + b.r) - 1.5
-                for i, a in enumerate(scene) for b in scene[:i]]
+            scene.append(Thing(shape, color or rng.choice(list(COLORS)), *place, r, rng.uniform(0.6, 1)))
+        gaps = [
+            np.hypot(a.x - b.x, a.y - b.y) - 1.2 * (a.r + b.r) - 1.5
+            for i, a in enumerate(scene)
+            for b in scene[:i]
+        ]
         if len(scene) == len(things) and all(gap > 0 for gap in gaps):
             if relation is None or holds(relation, scene[0], scene[1]):
                 return scene
@@ -189,12 +223,13 @@ def sample_scene(things, relation, rng):
 def holds(relation, a, b):
     """Is a `relation` b? The way must be along the axis named: at least as far as across it."""
     dx, dy = RELATIONS[relation]
-    along, across = (a.x - b.x) * dx + (a.y - b.y) * dy, abs((a.x - b.x) * dy) + abs((a.y - b.y) * dx)
+    along, across = ((a.x - b.x) * dx + (a.y - b.y) * dy, abs((a.x - b.x) * dy) + abs((a.y - b.y) * dx))
     return along > 2 and along >= across
 
 
 def describe(scene):
     """The scene in words, the policy's chain of thought: what, how large, where."""
+
     def one(t):
         size = "small" if t.r < 5 else "large" if t.r >= 7 else "medium"
         row = ("top", "middle", "bottom")[min(2, int(t.y * 3 / SIZE))]
@@ -225,13 +260,18 @@ def corrupt(scene, kind, strength, rng):
             return pixels
         shape = rng.choice(SHAPES)
         shift = victim.r * (0.5 + 0.7 * strength)
-        twin = replace(victim, shape=shape, x=victim.x + ux * shift, y=victim.y + uy * shift,
-                       r=victim.r * (0.4 + 0.6 * strength))
+        twin = replace(
+            victim,
+            shape=shape,
+            x=victim.x + ux * shift,
+            y=victim.y + uy * shift,
+            r=victim.r * (0.4 + 0.6 * strength),
+        )
         return paint(pixels, twin)
     if kind == "bleeding":
         other = np.array(COLORS[rng.choice([c for c in COLORS if c != victim.color])], np.float32)
         spot = victim.r * 0.85 * np.sqrt(strength)
-        near = np.hypot(xs - victim.x - ux * victim.r * .8, ys - victim.y - uy * victim.r * .8)
+        near = np.hypot(xs - victim.x - ux * victim.r * 0.8, ys - victim.y - uy * victim.r * 0.8)
         stain = np.clip(spot + 0.5 - near, 0, 1)[..., None] * 0.9 * (strength > 0)
         return pixels * (1 - stain) + other * stain
     noise = np.random.default_rng(rng.randrange(2**32))
@@ -244,8 +284,37 @@ def corrupt(scene, kind, strength, rng):
     corners.sort(key=lambda c: np.hypot(c[1] + 2 - victim.x, c[0] + 2 - victim.y) + rng.uniform(0, 3))
     for y, x in corners[:moved]:
         sy, sx = (min(SIZE - 4, max(0, v + int(noise.choice([-3, -2, 2, 3])))) for v in (y, x))
-        out[y:y + 4, x:x + 4] = pixels[sy:sy + 4, sx:sx + 4]
+        out[y : y + 4, x : x + 4] = pixels[sy : sy + 4, sx : sx + 4]
     return out
+
+
+def make_pictures(n, flawed, seed, strength=(0.4, 1.0)):
+    """n training examples: (rows, scenes, pixels uint8 (n, 32, 32, 3), kinds, where). A share `flawed` of the
+    pictures is corrupted; kinds[i] names the fault or is None, where[i] says in which of the 4 x 4 cells of
+    8 x 8 pixels it shows, (n, 16). Families are equally frequent."""
+    rng = random.Random(seed)
+    families = [
+        [row for row in members if not is_test_prompt(row["prompt"])] for members in all_prompts().values()
+    ]
+    rows, scenes, pixels, kinds, where = (
+        [],
+        [],
+        np.empty((n, 32, 32, 3), np.uint8),
+        [],
+        np.zeros((n, 16), bool),
+    )
+    for i in range(n):
+        row = rng.choice(rng.choice(families))
+        scene = sample_scene(*wanted(row["prompt"]), rng)
+        kind = rng.choice(CORRUPTIONS) if rng.random() < flawed else None
+        picture = clean = draw(scene)
+        if kind:
+            picture = corrupt(scene, kind, rng.uniform(*strength), rng)
+            changed = np.abs(picture - clean).max(-1) > 60
+            where[i] = changed.reshape(4, 8, 4, 8).sum((1, 3)).reshape(16) >= 3
+        pixels[i] = np.rint(np.clip(picture, 0, 255))
+        rows.append(row), scenes.append(scene), kinds.append(kind)
+    return rows, scenes, pixels, kinds, where
 
 
 # --- gold: the truth about any picture --------------------------------------------------------
@@ -259,8 +328,8 @@ def templates():
     half, bank = SIZE / 2, []
     for shape in SHAPES:
         for r in RADII:
-            for dx in (-.5, -.25, 0, .25):
-                for dy in (-.5, -.25, 0, .25):
+            for dx in (-0.5, -0.25, 0, 0.25):
+                for dy in (-0.5, -0.25, 0, 0.25):
                     bank.append((shape, r, dx, dy))
     masks = np.stack([coverage(s, half + dx, half + dy, r, fine=4) for s, r, dx, dy in bank])
     return bank, torch.from_numpy(masks.reshape(len(bank), -1))
@@ -306,11 +375,11 @@ def explain_bytes(data):
             # A soft edge pixel below the threshold belongs to the blob it touches.
             near = F.max_pool2d(blob.float()[None, None], 3, 1, 1)[0, 0] > 0
             weight = strength[i] * (near & ((labels[i] == 0) | blob))
-            ys, xs = torch.meshgrid(torch.arange(SIZE) + .5, torch.arange(SIZE) + .5, indexing="ij")
+            ys, xs = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
             cx, cy = (float((g * weight).sum() / weight.sum()) for g in (xs, ys))
             sx, sy = round(cx - SIZE / 2), round(cy - SIZE / 2)  # whole-pixel shift to the middle
             padded = F.pad(delta[i] * (weight > 0)[..., None], (0, 0, SIZE, SIZE, SIZE, SIZE))
-            crops.append(padded[SIZE + sy:2 * SIZE + sy, SIZE + sx:2 * SIZE + sx].reshape(-1, 3))
+            crops.append(padded[SIZE + sy : 2 * SIZE + sy, SIZE + sx : 2 * SIZE + sx].reshape(-1, 3))
             owners.append((i, sx, sy))
     found = [[] for _ in pixels]
     redrawn = torch.zeros_like(delta)
@@ -325,14 +394,16 @@ def explain_bytes(data):
         for m, (i, sx, sy) in enumerate(owners):
             c, k = divmod(int(best[m]), len(bank))
             shape, r, dx, dy = bank[k]
-            thing = Thing(shape, list(COLORS)[c], SIZE / 2 + dx + sx, SIZE / 2 + dy + sy, r, float(v[m, c, k]))
+            thing = Thing(
+                shape, list(COLORS)[c], SIZE / 2 + dx + sx, SIZE / 2 + dy + sy, r, float(v[m, c, k])
+            )
             found[i].append(thing)
             cover = torch.from_numpy(coverage(shape, thing.x, thing.y, r))[..., None]
             redrawn[i] = redrawn[i] * (1 - cover) + cover * thing.vivid * directions[c]
     # A pixel counts as unexplained gradually: below .2 of a full colour it is softness of an edge
     # (a decoder blurs), above .5 it is certainly something that no object accounts for.
     residual = (delta - redrawn).norm(dim=-1) / length.mean()
-    unexplained = ((residual - .2) / .3).clamp(0, 1).sum((1, 2))
+    unexplained = ((residual - 0.2) / 0.3).clamp(0, 1).sum((1, 2))
     area = (redrawn.norm(dim=-1) > 0.2 * length.mean()).sum((1, 2)).clamp(min=30)
     return found, (1 - unexplained / (0.4 * area)).clamp(0, 1)
 
@@ -344,7 +415,7 @@ def alignment(prompt, found):
     left, score = list(found), 0.0
     # Exact matches first, so that a half match never takes an object that another one needs.
     placed = [None] * len(things)
-    for worth in (1, .5):
+    for worth in (1, 0.5):
         for j, (shape, color) in enumerate(things):
             fits = [t for t in left if t.shape == shape and (worth < 1 or color in (None, t.color))]
             if fits and placed[j] is None:
@@ -369,4 +440,5 @@ if __name__ == "__main__":
     import tyro
 
     import tiny_train  # here and not above: whoever only measures needs no training code
+
     tiny_train.main(tyro.cli(tiny_train.Config, description=__doc__))

@@ -8,7 +8,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts are flat files
 
 import generate
 import rewards
-import tiny
 
 
 @pytest.fixture(scope="session", autouse=True)

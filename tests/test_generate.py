@@ -41,7 +41,7 @@ def test_a_picture_does_not_change_with_its_batch_mates(policy):
 def test_a_log_probability_does_not_change_with_its_batch_mates(policy):
     rollouts = generate.sample(policy, PROMPTS, KEYS)
     with torch.no_grad():
-        together, alone = generate.logprobs(policy, rollouts), generate.logprobs(policy, rollouts[1:2])
+        together, alone = (generate.logprobs(policy, rollouts), generate.logprobs(policy, rollouts[1:2]))
     assert (together[1:2] - alone)[rollouts.mask[1:2]].abs().max() < 1e-4
 
 
@@ -73,7 +73,13 @@ def test_we_paint_what_transformers_paints(policy, monkeypatch):
     monkeypatch.setattr(generate, "draw_token", lambda logits, uniform: logits.argmax(-1))
     ours = generate.sample(policy, PROMPTS[:1], KEYS[:1], cot=False, cfg_weight=3.0).image_ids
     ids, mask = generate.image_context(policy, PROMPTS[:1], [""])
-    theirs = policy.model.generate(input_ids=ids, attention_mask=mask.long(), generation_mode="image", do_sample=False, guidance_scale=3.0)
+    theirs = policy.model.generate(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        generation_mode="image",
+        do_sample=False,
+        guidance_scale=3.0,
+    )
     assert torch.equal(ours, theirs)
 
 
@@ -84,13 +90,27 @@ def test_weights_are_float32_and_only_the_language_model_is_trained(policy):
 
 
 FILES = {
-    "T2I-R1: JSONL called .json": ('{"prompt": "a car", "nouns": ["car"], "task_type": "object"}\n{"prompt": "b", "task_type": "color"}',
-                                   [("0", "a car", "object"), ("1", "b", "color")]),
-    "GenEval: JSONL": ('{"tag": "counting", "include": [], "prompt": "two cats"}\n', [("0", "two cats", "counting")]),
-    "WISE: a JSON list of objects": ('[{"Prompt": "p", "Subcategory": "time", "prompt_id": 831}]', [("831", "p", "time")]),
+    "T2I-R1: JSONL called .json": (
+        '{"prompt": "a car", "nouns": ["car"], "task_type": "object"}\n{"prompt": "b", "task_type": "color"}',
+        [("0", "a car", "object"), ("1", "b", "color")],
+    ),
+    "GenEval: JSONL": (
+        '{"tag": "counting", "include": [], "prompt": "two cats"}\n',
+        [("0", "two cats", "counting")],
+    ),
+    "WISE: a JSON list of objects": (
+        '[{"Prompt": "p", "Subcategory": "time", "prompt_id": 831}]',
+        [("831", "p", "time")],
+    ),
     "HPDv2: a JSON list of texts": ('["x", "y"]', [("0", "x", ""), ("1", "y", "")]),
-    "T2I-CompBench: lines, CRLF": ("a red bag\r\na dog, a cat\r\n", [("0", "a red bag", ""), ("1", "a dog, a cat", "")]),
-    "Parti: TSV": ("Prompt\tCategory\tChallenge\tNote\na cube\tShapes\tBasic\t\n", [("0", "a cube", "Shapes")]),
+    "T2I-CompBench: lines, CRLF": (
+        "a red bag\r\na dog, a cat\r\n",
+        [("0", "a red bag", ""), ("1", "a dog, a cat", "")],
+    ),
+    "Parti: TSV": (
+        "Prompt\tCategory\tChallenge\tNote\na cube\tShapes\tBasic\t\n",
+        [("0", "a cube", "Shapes")],
+    ),
     "DrawBench: CSV": ('Prompts,Category\n"a dog, sitting",Colors\n', [("0", "a dog, sitting", "Colors")]),
 }
 
@@ -113,7 +133,17 @@ def test_a_folder_of_texts_is_a_prompt_file(tmp_path):
     assert generate.load_prompts(tmp_path)[0]["id"] == "whoops1"
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"caption": null}', '{"prompt": 3}', '{"prompt": "a"}\n{"prompt": ', '[{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}]'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"caption": null}',
+        '{"prompt": 3}',
+        '{"prompt": "a"}\n{"prompt": ',
+        '[{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}]',
+    ],
+)
 def test_a_bad_prompt_file_is_one_clear_error(text, tmp_path, capsys):
     (tmp_path / "bad").write_text(text)
     with pytest.raises(SystemExit) as stop:
@@ -126,7 +156,9 @@ def test_pictures_are_laid_out_as_geneval_reads_them_and_made_once(tmp_path, cap
     cfg = generate.Config(prompts=str(tmp_path / "p.txt"), num_images=2, output_dir=str(tmp_path / "out"))
     generate.main(cfg)
     root = tmp_path / "out"
-    assert sorted(str(p.relative_to(root)) for p in root.rglob("*.png")) == [f"{i:05d}/samples/{k:04d}.png" for i in range(2) for k in range(2)]
+    assert sorted(str(p.relative_to(root)) for p in root.rglob("*.png")) == [
+        f"{i:05d}/samples/{k:04d}.png" for i in range(2) for k in range(2)
+    ]
     assert json.loads((root / "00001/metadata.jsonl").read_text())["prompt"] == "in/../the <b>dark"
     assert len((root / "manifest.jsonl").read_text().splitlines()) == 4
     before = {p: p.read_bytes() for p in root.rglob("*.png")}
@@ -134,6 +166,13 @@ def test_pictures_are_laid_out_as_geneval_reads_them_and_made_once(tmp_path, cap
     generate.main(cfg)
     assert {p: p.read_bytes() for p in root.rglob("*.png")} == before
     assert "1 pictures made, 3 were there already" in capsys.readouterr().out
+
+
+def test_pictures_of_another_prompt_are_never_taken_for_this_one(tmp_path, capsys):
+    for prompt in ("a red circle", "a blue star"):
+        generate.main(generate.Config(prompt=prompt, num_images=1, output_dir=str(tmp_path)))
+    assert "1 pictures made, 0 were there already" in capsys.readouterr().out.splitlines()[-1]
+    assert json.loads((tmp_path / "manifest.jsonl").read_text())["prompt"] == "a blue star"
 
 
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path, capsys):

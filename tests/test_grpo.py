@@ -1,7 +1,6 @@
 """GRPO: the mathematics in groups small enough to check by hand, then whole runs."""
 
 import copy
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 import evaluate
+import files
 import generate
 import grpo
 
@@ -44,7 +44,9 @@ def test_a_group_with_at_most_one_score_teaches_nothing():
 
 def test_dr_grpo_does_not_divide_and_flow_grpo_divides_by_the_whole_batch():
     rewards = torch.tensor([0.0, 2.0, 10.0, 10.2])
-    assert torch.allclose(grpo.group_advantages(rewards, 2, "none"), torch.tensor([-1.0, 1.0, -0.1, 0.1]), atol=1e-5)
+    assert torch.allclose(
+        grpo.group_advantages(rewards, 2, "none"), torch.tensor([-1.0, 1.0, -0.1, 0.1]), atol=1e-5
+    )
     by_batch = grpo.group_advantages(rewards, 2, "global")
     assert torch.allclose(by_batch, torch.tensor([-1.0, 1.0, -0.1, 0.1]) / (rewards.std() + 1e-4), atol=1e-5)
 
@@ -66,16 +68,37 @@ def test_k3_estimates_the_kl_without_bias():
 
 def test_the_ratio_is_one_but_its_gradient_is_not_zero_on_the_first_update():
     logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
-    loss = grpo.grpo_loss(logprobs, logprobs.detach(), logprobs.detach(), torch.tensor([3.0]), torch.ones(1, 2, dtype=torch.bool), 0.0, 0.2, 0.2)
+    loss = grpo.grpo_loss(
+        logprobs,
+        logprobs.detach(),
+        logprobs.detach(),
+        torch.tensor([3.0]),
+        torch.ones(1, 2, dtype=torch.bool),
+        0.0,
+        0.2,
+        0.2,
+    )
     assert loss.tolist() == [[-3.0, -3.0]]
     loss.sum().backward()
     assert logprobs.grad.tolist() == [[-3.0, -3.0]]  # REINFORCE: minus the advantage
 
 
-@pytest.mark.parametrize("ratio, advantage, pushes", [(1.5, 1.0, False), (1.5, -1.0, True), (0.5, -1.0, False), (0.5, 1.0, True), (1.1, 1.0, True)])
+@pytest.mark.parametrize(
+    "ratio, advantage, pushes",
+    [(1.5, 1.0, False), (1.5, -1.0, True), (0.5, -1.0, False), (0.5, 1.0, True), (1.1, 1.0, True)],
+)
 def test_clipping_stops_who_has_gone_far_enough_and_nobody_else(ratio, advantage, pushes):
     logprobs = torch.tensor([[ratio]]).log().requires_grad_()
-    loss = grpo.grpo_loss(logprobs, torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1, dtype=torch.bool), 0.0, 0.2, 0.2)
+    loss = grpo.grpo_loss(
+        logprobs,
+        torch.zeros(1, 1),
+        torch.zeros(1, 1),
+        torch.tensor([advantage]),
+        torch.ones(1, 1, dtype=torch.bool),
+        0.0,
+        0.2,
+        0.2,
+    )
     loss.sum().backward()
     assert (logprobs.grad.item() != 0) == pushes
 
@@ -83,7 +106,9 @@ def test_clipping_stops_who_has_gone_far_enough_and_nobody_else(ratio, advantage
 def test_padding_is_no_action():
     logprobs = torch.randn(1, 3, requires_grad=True)
     mask = torch.tensor([[True, False, True]])
-    grpo.grpo_loss(logprobs, logprobs.detach(), torch.zeros(1, 3), torch.ones(1), mask, 0.1, 0.2, 0.2).sum().backward()
+    grpo.grpo_loss(
+        logprobs, logprobs.detach(), torch.zeros(1, 3), torch.ones(1), mask, 0.1, 0.2, 0.2
+    ).sum().backward()
     assert logprobs.grad[0, 1] == 0 and logprobs.grad[0, 0] != 0
 
 
@@ -91,14 +116,17 @@ def test_padding_is_no_action():
 
 
 def config(**changes):
-    cfg = grpo.Config(rewards="hps", num_generations=4, prompts_per_step=2, max_thought=40, device="cpu", **changes)
+    cfg = grpo.Config(
+        rewards="hps", num_generations=4, prompts_per_step=2, max_thought=40, device="cpu", **changes
+    )
     grpo.check(cfg, 1)
     return cfg
 
 
 def step(cfg, policy, reference, learning_rate=0.0):
     rows = generate.load_prompts(cfg.prompts)
-    rollouts = grpo.rollout(policy, rows, grpo.prompts_of_step(rows, 0, cfg), 0, cfg)
+    jobs = [(i, k) for i in grpo.prompts_of_step(rows, 0, cfg) for k in range(4)]
+    rollouts = grpo.rollout(policy, rows, jobs, 0, cfg)
     advantages = grpo.group_advantages(torch.arange(8.0) ** 2, 4)
     optimizer = torch.optim.SGD(grpo.trainable(policy), lr=learning_rate)
     metrics = grpo.update(policy, reference, optimizer, rollouts, advantages, cfg)
@@ -126,7 +154,11 @@ def test_thought_and_picture_are_both_taught():
 def test_without_a_step_away_from_the_reference_the_kl_is_zero(guidance):
     policy = generate.load_policy("tiny")
     metrics, gradient = step(config(guidance=guidance, cfg_weight=2.0), policy, policy)
-    assert metrics["kl"] == pytest.approx(0, abs=1e-6) and metrics["clip_ratio"] == 0 and gradient.isfinite().all()
+    assert (
+        metrics["kl"] == pytest.approx(0, abs=1e-6)
+        and metrics["clip_ratio"] == 0
+        and gradient.isfinite().all()
+    )
 
 
 def test_a_second_update_on_the_same_rollouts_has_a_ratio_and_may_be_clipped():
@@ -155,14 +187,42 @@ def test_best_of_n_is_the_expectation_over_all_draws():
 
 # --- whole runs, as a user starts them
 
-SMALL = ["--num-generations", "2", "--prompts-per-step", "2", "--eval-images", "4", "--best-of", "2", "--eval-steps", "2",
-         "--save-steps", "2", "--max-thought", "40", "--learning-rate", "1e-3", "--device", "cpu"]
+SMALL = [
+    "--num-generations",
+    "2",
+    "--prompts-per-step",
+    "2",
+    "--eval-images",
+    "4",
+    "--best-of",
+    "2",
+    "--eval-steps",
+    "2",
+    "--save-steps",
+    "2",
+    "--max-thought",
+    "40",
+    "--learning-rate",
+    "1e-3",
+    "--device",
+    "cpu",
+]
 
 
 def start(args, processes=1, **environment):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else [sys.executable]
-    return subprocess.Popen([*launcher, str(ROOT / "grpo.py"), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    launcher = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        if processes > 1
+        else [sys.executable]
+    )
+    return subprocess.Popen(
+        [*launcher, str(ROOT / "grpo.py"), *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
 
 
 def finish(process, code=0):
@@ -172,7 +232,10 @@ def finish(process, code=0):
 
 
 def metrics_of(run):
-    return [{k: v for k, v in line.items() if not k.startswith("seconds/")} for line in evaluate.read_jsonl(run / "metrics.jsonl")]
+    return [
+        {k: v for k, v in line.items() if not k.startswith("seconds/")}
+        for line in files.read_jsonl(run / "metrics.jsonl")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -183,23 +246,57 @@ def whole_run(tmp_path_factory):
 
 
 def test_a_run_leaves_everything_a_person_looks_at(whole_run):
-    for name in ("config.json", "metrics.jsonl", "test.jsonl", "best_of_n.jsonl", "hacking.png", "training.png", "report.html",
-                 "rollouts/step_000003.jsonl", "samples/step_000004.png", "checkpoints/step-000004/model.safetensors"):
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "test.jsonl",
+        "best_of_n.jsonl",
+        "hacking.png",
+        "training.png",
+        "report.html",
+        "rollouts/step_000003.jsonl",
+        "samples/step_000004.png",
+        "checkpoints/step-000004/model.safetensors",
+    ):
         assert (whole_run / name).stat().st_size > 0, name
-    record = evaluate.read_jsonl(whole_run / "rollouts/step_000000.jsonl")[0]
-    assert {"prompt", "thought", "hps", "artifact", "gold", "gold-clean", "total", "advantage"} <= record.keys()
+    record = files.read_jsonl(whole_run / "rollouts/step_000000.jsonl")[0]
+    assert {
+        "prompt",
+        "thought",
+        "hps",
+        "artifact",
+        "gold",
+        "gold-clean",
+        "total",
+        "advantage",
+    } <= record.keys()
     assert not list(whole_run.rglob("*.partial"))
 
 
 def test_a_checkpoint_opens_with_from_pretrained_and_has_moved(whole_run, policy):
     from transformers import JanusForConditionalGeneration
+
     trained = JanusForConditionalGeneration.from_pretrained(whole_run / "checkpoints/step-000004")
-    moved = {name for (name, a), b in zip(trained.named_parameters(), policy.model.parameters()) if not torch.equal(a, b)}
+    moved = {
+        name
+        for (name, a), b in zip(trained.named_parameters(), policy.model.parameters())
+        if not torch.equal(a, b)
+    }
     assert moved == {name for name, p in policy.model.named_parameters() if p.requires_grad}
 
 
 def test_a_killed_run_resumes_as_if_nothing_had_happened(whole_run, tmp_path):
-    args = [*SMALL, "--max-steps", "4", "--output-dir", str(tmp_path), "--run-name", "killed", "--resume", "latest"]
+    args = [
+        *SMALL,
+        "--max-steps",
+        "4",
+        "--output-dir",
+        str(tmp_path),
+        "--run-name",
+        "killed",
+        "--resume",
+        "latest",
+    ]
     process = start(args)
     log = tmp_path / "killed/metrics.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) >= 3) and process.poll() is None:
@@ -210,34 +307,63 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(whole_run, tmp_path):
         file.write('{"step": 3, "half a li')
     finish(start(args))
     assert metrics_of(tmp_path / "killed") == metrics_of(whole_run)
-    assert evaluate.read_jsonl(tmp_path / "killed/test.jsonl") == evaluate.read_jsonl(whole_run / "test.jsonl")
+    assert files.read_jsonl(tmp_path / "killed/test.jsonl") == files.read_jsonl(whole_run / "test.jsonl")
 
 
 def test_sigterm_ends_with_a_checkpoint(tmp_path):
-    process = start([*SMALL, "--max-steps", "1000", "--output-dir", str(tmp_path), "--run-name", "long", "--save-steps", "1000"])
+    process = start(
+        [
+            *SMALL,
+            "--max-steps",
+            "1000",
+            "--output-dir",
+            str(tmp_path),
+            "--run-name",
+            "long",
+            "--save-steps",
+            "1000",
+        ]
+    )
     log = tmp_path / "long/metrics.jsonl"
     while not log.exists() and process.poll() is None:
         time.sleep(0.05)
     process.terminate()
     finish(process, 143)
-    assert len(grpo.checkpoints(tmp_path / "long")) == 1
+    assert len(files.checkpoints(tmp_path / "long")) == 1
 
 
 def test_two_processes_learn_what_one_does(whole_run, tmp_path):
-    finish(start([*SMALL, "--max-steps", "1", "--output-dir", str(tmp_path), "--run-name", "two"], processes=2))
+    finish(
+        start([*SMALL, "--max-steps", "1", "--output-dir", str(tmp_path), "--run-name", "two"], processes=2)
+    )
     one, two = metrics_of(whole_run)[0], metrics_of(tmp_path / "two")[0]
     assert two == pytest.approx(one, abs=1e-5)
-    by_key = [{(r["id"], r["sample"]): r for r in evaluate.read_jsonl(run / "rollouts/step_000000.jsonl")} for run in (whole_run, tmp_path / "two")]
+    by_key = [
+        {(r["id"], r["sample"]): r for r in files.read_jsonl(run / "rollouts/step_000000.jsonl")}
+        for run in (whole_run, tmp_path / "two")
+    ]
     for key, record in by_key[0].items():  # the same rollouts, whoever made them
-        assert record["thought"] == by_key[1][key]["thought"] and record["hps"] == pytest.approx(by_key[1][key]["hps"], abs=1e-5)
+        assert record["thought"] == by_key[1][key]["thought"] and record["hps"] == pytest.approx(
+            by_key[1][key]["hps"], abs=1e-5
+        )
 
 
-@pytest.mark.parametrize("args, rule", [
-    (["--rewards", "hsp"], "unknown reward 'hsp'"), (["--rewards", "hps:much"], "no number"), (["--num-generations", "1"], "a group of one"),
-    (["--rewards", "gold"], "cannot be believed"), (["--prompts", "/nowhere"], "no such file"), (["--max-steps", "0"], "greater than 0"),
-    (["--resume", "/nowhere"], "no checkpoints"), (["--combine", "constrained", "--rewards", "hps"], "needs two rewards")])
+@pytest.mark.parametrize(
+    "args, rule",
+    [
+        (["--rewards", "hsp"], "unknown reward 'hsp'"),
+        (["--rewards", "hps:much"], "no number"),
+        (["--num-generations", "1"], "a group of one"),
+        (["--rewards", "gold"], "cannot be believed"),
+        (["--prompts", "/nowhere"], "no such file"),
+        (["--max-steps", "0"], "greater than 0"),
+        (["--resume", "/nowhere"], "no checkpoints"),
+        (["--combine", "constrained", "--rewards", "hps"], "needs two rewards"),
+    ],
+)
 def test_bad_usage_is_one_clear_line_before_anything_is_loaded(args, rule, capsys, tmp_path):
     import tyro
+
     with pytest.raises(SystemExit) as stop:
         grpo.main(tyro.cli(grpo.Config, args=[*args, "--output-dir", str(tmp_path / "runs")]))
     assert stop.value.code == 2 and rule in capsys.readouterr().err

@@ -18,7 +18,12 @@ NAN = math.nan
 
 def test_every_reward_says_what_it_is():
     for kind in rewards.REWARDS.values():
-        assert len(kind.range) == 2 and isinstance(kind.needs, tuple) and kind.reference and hasattr(kind, "checkpoint")
+        assert (
+            len(kind.range) == 2
+            and isinstance(kind.needs, tuple)
+            and kind.reference
+            and hasattr(kind, "checkpoint")
+        )
 
 
 def test_rewards_are_floats_one_per_picture_and_independent_of_the_batch(hps, artifact):
@@ -34,8 +39,15 @@ def test_parse_reads_names_and_weights():
     assert rewards.parse("hps,artifact:0.5") == {"hps": 1.0, "artifact": 0.5}
 
 
-@pytest.mark.parametrize("text, rule", [("hsp", "unknown reward 'hsp'"), ("hps:heavy", "'heavy' is no number"),
-                                        ("hps:nan", "is no number"), ("hps,hps:2", "named twice")])
+@pytest.mark.parametrize(
+    "text, rule",
+    [
+        ("hsp", "unknown reward 'hsp'"),
+        ("hps:heavy", "'heavy' is no number"),
+        ("hps:nan", "is no number"),
+        ("hps,hps:2", "named twice"),
+    ],
+)
 def test_bad_rewards_are_one_clear_error(text, rule, capsys):
     with pytest.raises(SystemExit) as stop:
         rewards.parse(text)
@@ -60,7 +72,11 @@ def test_sum_weighs_and_adds():
 def test_normalized_forgets_scale():
     small = {"a": A, "b": B / 1000 * 1000}
     big = {"a": A * 50, "b": B}
-    assert torch.allclose(rewards.combine(small, WEIGHTS, 4, "normalized"), rewards.combine(big, WEIGHTS, 4, "normalized"), atol=1e-2)
+    assert torch.allclose(
+        rewards.combine(small, WEIGHTS, 4, "normalized"),
+        rewards.combine(big, WEIGHTS, 4, "normalized"),
+        atol=1e-2,
+    )
 
 
 def test_min_is_the_worst_opinion_and_mean_the_average():
@@ -68,7 +84,9 @@ def test_min_is_the_worst_opinion_and_mean_the_average():
     assert torch.allclose(z[:, 0], (A - 1) / (A.std() + 1e-4))
     assert torch.equal(rewards.combine(SCORES, WEIGHTS, 4, "min"), z.min(1).values)
     assert torch.equal(rewards.combine(SCORES, WEIGHTS, 4, "mean"), z.mean(1))
-    assert torch.allclose(rewards.combine(SCORES, WEIGHTS, 4, "uwo"), z.mean(1) - 0.5 * ((z[:, 0] - z[:, 1]) / 2) ** 2)
+    assert torch.allclose(
+        rewards.combine(SCORES, WEIGHTS, 4, "uwo"), z.mean(1) - 0.5 * ((z[:, 0] - z[:, 1]) / 2) ** 2
+    )
 
 
 def test_pareto_leaves_out_who_is_beaten_in_everything():
@@ -129,7 +147,10 @@ class Judge(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        self.reply(200, {"object": "list", "data": [{"id": "qwen", "object": "model", "created": 0, "owned_by": "us"}]})
+        self.reply(
+            200,
+            {"object": "list", "data": [{"id": "qwen", "object": "model", "created": 0, "owned_by": "us"}]},
+        )
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -137,11 +158,35 @@ class Judge(http.server.BaseHTTPRequestHandler):
         if self.behaviour == "400":
             return self.reply(400, {"error": {"message": "picture too large"}})
         top = {"good": [("No", -0.2), ("Yes", -1.8)], "garbage": [("The", -0.1)]}.get(self.behaviour, [])
-        logprobs = {"content": [{"token": top[0][0], "logprob": top[0][1], "bytes": None,
-                                 "top_logprobs": [{"token": t, "logprob": l, "bytes": None} for t, l in top]}]} if top else None
-        choices = [] if self.behaviour == "empty" else [
-            {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": "x"}, "logprobs": logprobs}]
-        self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "qwen", "choices": choices})
+        logprobs = (
+            {
+                "content": [
+                    {
+                        "token": top[0][0],
+                        "logprob": top[0][1],
+                        "bytes": None,
+                        "top_logprobs": [{"token": t, "logprob": l, "bytes": None} for t, l in top],
+                    }
+                ]
+            }
+            if top
+            else None
+        )
+        choices = (
+            []
+            if self.behaviour == "empty"
+            else [
+                {
+                    "index": 0,
+                    "finish_reason": "length",
+                    "message": {"role": "assistant", "content": "x"},
+                    "logprobs": logprobs,
+                }
+            ]
+        )
+        self.reply(
+            200, {"id": "1", "object": "chat.completion", "created": 0, "model": "qwen", "choices": choices}
+        )
 
 
 @pytest.fixture
@@ -153,8 +198,16 @@ def server():
     httpd.shutdown()
 
 
-@pytest.mark.parametrize("behaviour, expected", [("good", 1 / (1 + math.exp(-1.6))), ("garbage", NAN), ("empty", NAN),
-                                                 ("no logprobs", NAN), ("400", NAN)])
+@pytest.mark.parametrize(
+    "behaviour, expected",
+    [
+        ("good", 1 / (1 + math.exp(-1.6))),
+        ("garbage", NAN),
+        ("empty", NAN),
+        ("no logprobs", NAN),
+        ("400", NAN),
+    ],
+)
 def test_a_judge_that_does_not_answer_gives_no_score(server, behaviour, expected, monkeypatch):
     monkeypatch.setattr(Judge, "behaviour", behaviour)
     reward = artifact_reward.ArtifactReward(judge_urls=[server])
@@ -164,7 +217,9 @@ def test_a_judge_that_does_not_answer_gives_no_score(server, behaviour, expected
 
 
 def test_the_judge_sees_the_question_and_a_lossless_picture_and_not_the_prompt(server):
-    artifact_reward.ArtifactReward(judge_urls=[server], question="Broken?")(["SECRET"], [Image.new("RGB", (8, 8))])
+    artifact_reward.ArtifactReward(judge_urls=[server], question="Broken?")(
+        ["SECRET"], [Image.new("RGB", (8, 8))]
+    )
     sent = json.dumps(Judge.requests[-1])
     assert "SECRET" not in sent and "Broken?" in sent and "data:image/png;base64," in sent
 
@@ -187,7 +242,11 @@ def test_a_model_that_is_not_served_is_refused(server, capsys):
 def pairs(split="test"):
     folder = generate.HERE / "tiny/pairs"
     rows = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
-    return [r["prompt"] for r in rows], [Image.open(folder / r["clean"]) for r in rows], [Image.open(folder / r["broken"]) for r in rows]
+    return (
+        [r["prompt"] for r in rows],
+        [Image.open(folder / r["clean"]) for r in rows],
+        [Image.open(folder / r["broken"]) for r in rows],
+    )
 
 
 def accuracy(reward, prompts, clean, broken):
@@ -205,6 +264,7 @@ def test_the_judge_answers_the_question_it_is_asked(artifact):
     import random
 
     import tiny
+
     rng = random.Random(0)
     scenes = [tiny.sample_scene([("circle", None), ("square", None)], None, rng) for _ in range(48)]
     noisy = [tiny.to_image(tiny.corrupt(scene, "noise", 0.8, rng)) for scene in scenes]
@@ -214,4 +274,6 @@ def test_the_judge_answers_the_question_it_is_asked(artifact):
 
 
 def test_pair_prompts_of_test_and_train_are_disjoint():
-    assert not set(pairs("train")[0]) & set(pairs("test")[0]) and not set(pairs("train")[0]) & set(pairs("validation")[0])
+    assert not set(pairs("train")[0]) & set(pairs("test")[0]) and not set(pairs("train")[0]) & set(
+        pairs("validation")[0]
+    )
