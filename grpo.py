@@ -56,8 +56,8 @@ class Config:
 
     num_generations: int = 8  # G, rollouts of a prompt: the group
     prompts_per_step: int = 16  # P, over all processes
-    max_steps: int | None = None  # steps of training [tiny: 150; else 1600]
-    learning_rate: float | None = None  # of AdamW [tiny: 1e-4; else 1e-6, as T2I-R1]
+    max_steps: int | None = None  # steps of training [tiny: 100; else 1600]
+    learning_rate: float | None = None  # of AdamW [tiny: 7e-5; else 1e-6, as T2I-R1]
     beta: float = 0.01  # weight of the KL penalty to the reference policy
     epsilon: float = 0.2  # clip range below 1
     epsilon_high: float = 0.2  # clip range above 1; DAPO takes .28
@@ -95,7 +95,7 @@ class Config:
 # What "[tiny: ...; else ...]" above stands for.
 PRESETS = {
     "tiny": dict(eval_rewards="gold,gold-clean,gold-aligned", prompts=str(HERE / "tiny/prompts/train.jsonl"),
-                 test_prompts=str(HERE / "tiny/prompts/test.jsonl"), max_steps=150, learning_rate=1e-4),
+                 test_prompts=str(HERE / "tiny/prompts/test.jsonl"), max_steps=100, learning_rate=7e-5),
     "real": dict(eval_rewards="", prompts=str(HERE / "prompts/train.jsonl"),
                  test_prompts=str(HERE / "prompts/test.jsonl"), max_steps=1600, learning_rate=1e-6),
 }
