@@ -8,7 +8,7 @@ not even the prompt. The reward is read from the distribution of the first token
 
 With a probability instead of an answer, two pictures that are both "no" can still be told apart,
 and a group of rollouts has something to learn from. The question is the method's only parameter;
-apo.py searches for a better one.
+the paper finds it by automatic prompt optimisation, ours was written by hand.
 
 Run:   python artifact_reward.py picture.png                      the tiny judge, in this process
        vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8000         the real one, in another terminal
@@ -46,7 +46,7 @@ TOP = 20  # logprobs of the first token that are looked at; 20 is the most that 
 def p_no(top_logprobs):
     """The scoring rule, the same for a server and in-process: [(token, logprob)] -> score in [0, 1].
 
-    >>> p_no([("No", math.log(.6)), (" no", math.log(.2)), ("Yes", math.log(.2)), ("Maybe", -9.0)])
+    >>> round(p_no([("No", math.log(.6)), (" no", math.log(.2)), ("Yes", math.log(.2)), ("Maybe", -9.0)]), 6)
     0.8
     >>> p_no([("The", -0.1)])
     nan
@@ -61,7 +61,7 @@ def p_no(top_logprobs):
     for word, logprob in answers:
         if word in mass:
             mass[word] += math.exp(logprob - best)
-    return round(mass["no"] / (mass["yes"] + mass["no"]), 12)
+    return mass["no"] / (mass["yes"] + mass["no"])
 
 
 class LocalJudge:
@@ -84,7 +84,7 @@ class LocalJudge:
     def encode(self, questions, images):
         """Model inputs for pictures of one size, each with its question; padded on the left."""
         pictures = self.processor(images=images, return_tensors="pt")
-        pad, token = self.tokenizer.pad_token_id, "<|image_pad|>"
+        token = "<|image_pad|>"
         counts = pictures["image_grid_thw"].prod(1) // self.processor.merge_size**2
         texts = []
         for question, count in zip(questions, counts.tolist()):
@@ -95,7 +95,7 @@ class LocalJudge:
         is_image = words.input_ids == self.tokenizer.convert_tokens_to_ids(token)
         return dict(
             input_ids=words.input_ids,
-            attention_mask=(words.input_ids != pad).long(),
+            attention_mask=words.attention_mask,
             mm_token_type_ids=is_image.int(),  # without it the picture gets no 2-D positions
             pixel_values=pictures["pixel_values"],
             image_grid_thw=pictures["image_grid_thw"],

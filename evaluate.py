@@ -177,7 +177,8 @@ def hacking_figure(runs, path):
         for kind, (_, _, _, tests, pool) in zip(trained, read):
             style = dict(color=f"C{kinds.index(kind)}", markersize=4)
             points = [(math.sqrt(max(0.0, t["kl"])), t[name]) for t in tests if name in t]
-            axis.plot(*zip(*points), "o-", label=None if kind in labelled else f"GRPO on {kind}", **style)
+            if points:
+                axis.plot(*zip(*points), "o-", label=None if kind in labelled else f"GRPO on {kind}", **style)
             value = artifact_free if name == "artifact-free" else lambda r: r[name]
             if pool and kind not in labelled and (name in pool[0] or name == "artifact-free"):
                 largest = max(r["sample"] for r in pool) + 1
@@ -224,6 +225,8 @@ def table(rows):
     def cell(value):
         return f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
 
+    if not rows:
+        return "<p>none</p>"
     head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
     return (
         f"<table><tr>{head}</tr>"
@@ -241,9 +244,8 @@ def report(run):
     trained = [part.split(":")[0] for part in config["flags"]["rewards"].split(",")]
     records = read_jsonl(sorted((run / "tests").glob("step_*.jsonl"))[-1])
     gap = (lambda r: r["gold"] - r[trained[0]]) if "gold" in records[0] else (lambda r: -r[trained[0]])
-    worst = sorted((r for r in records if math.isfinite(gap(r))), key=gap)[
-        :12
-    ]  # the reward likes it, it is not good
+    known = [r for r in records if math.isfinite(gap(r))]
+    worst = sorted(known, key=gap)[:12]  # the reward likes these, and they are not good
     page = f"""<!doctype html><meta charset="utf-8"><title>{html.escape(run.name)}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>:root {{ color-scheme: light dark }} body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }}

@@ -15,7 +15,7 @@ Run:   torchrun grpo.py --rewards hps,artifact         the tiny world: about 8 m
        torchrun grpo.py --rewards hps                  the same without the cure: watch gold fall
        torchrun --nproc-per-node 8 grpo.py --model deepseek-community/Janus-Pro-1B --judge-url http://HOST:8000/v1
 
-You should see:  a bar with the rewards; every 25 steps a line on test prompts, where hps rises and the
+You should see:  a bar with the rewards; every 10 steps a line on test prompts, where hps rises and the
 share of artifact-free pictures (by gold) does not fall; at the end runs/<name>/hacking.png, report.html.
 
 Left out: a value network, a KL in the reward, learned critics.   Read next: evaluate.py, tiny.py
@@ -56,7 +56,7 @@ class Config:
 
     num_generations: int = 8  # G, rollouts of a prompt: the group
     prompts_per_step: int = 16  # P, over all processes
-    max_steps: int | None = None  # steps of training [tiny: 100; else 1600]
+    max_steps: int | None = None  # steps of training [tiny: 50; else 1600]
     learning_rate: float | None = None  # of AdamW [tiny: 7e-5; else 1e-6, as T2I-R1]
     beta: float = 0.01  # weight of the KL penalty to the reference policy
     epsilon: float = 0.2  # clip range below 1
@@ -87,7 +87,7 @@ class Config:
     resume: str = "never"  # "latest", or a run folder: go on from its last checkpoint
     save_steps: int = 25  # a checkpoint every so many steps
     save_total_limit: int = 2  # keep so many checkpoints
-    eval_steps: int = 25  # test and draw the grid of fixed prompts every so many steps
+    eval_steps: int = 10  # test and draw the grid of fixed prompts every so many steps
     eval_images: int = 216  # pictures of each test
     best_of: int = 16  # best-of-n is measured up to this n, on the base policy; 0: not at all
 
@@ -95,7 +95,7 @@ class Config:
 # What "[tiny: ...; else ...]" above stands for.
 PRESETS = {
     "tiny": dict(eval_rewards="gold,gold-clean,gold-aligned", prompts=str(HERE / "tiny/prompts/train.jsonl"),
-                 test_prompts=str(HERE / "tiny/prompts/test.jsonl"), max_steps=100, learning_rate=7e-5),
+                 test_prompts=str(HERE / "tiny/prompts/test.jsonl"), max_steps=50, learning_rate=7e-5),
     "real": dict(eval_rewards="", prompts=str(HERE / "prompts/train.jsonl"),
                  test_prompts=str(HERE / "prompts/test.jsonl"), max_steps=1600, learning_rate=1e-6),
 }

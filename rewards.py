@@ -270,9 +270,8 @@ def combine(scores, weights, group_size, how="sum", multipliers=None):
     if how in ("sum", "pareto"):
         total = (values * weight).sum(1)
     elif how == "constrained":
-        total = values[:, 0] + (values[:, 1:] * torch.tensor([multipliers[name] for name in names[1:]])).sum(
-            1
-        )
+        multiplier = torch.tensor([multipliers[name] for name in names[1:]])
+        total = values[:, 0] + (values[:, 1:] * multiplier).sum(1)
     else:
         z = standardize(values, group_size)
         total = {
@@ -283,7 +282,7 @@ def combine(scores, weights, group_size, how="sum", multipliers=None):
         }[how]()
     if how == "pareto":
         groups = (values * weight.sign()).view(-1, group_size, len(names))
-        a, b = (groups[:, :, None], groups[:, None])  # does b beat a: nowhere worse, somewhere better?
+        a, b = groups[:, :, None], groups[:, None]  # does b beat a: nowhere worse, somewhere better?
         beaten = ((b >= a).all(-1) & (b > a).any(-1)).any(2).view(-1)
         total = total.masked_fill(beaten, math.nan)
     return total

@@ -273,6 +273,10 @@ def test_a_run_leaves_everything_a_person_looks_at(whole_run):
     assert not list(whole_run.rglob("*.partial"))
 
 
+def test_the_report_escapes_what_people_write():
+    assert evaluate.table([{"prompt": "<script>alert(1)</script>"}]).count("<script>") == 0
+
+
 def test_a_checkpoint_opens_with_from_pretrained_and_has_moved(whole_run, policy):
     from transformers import JanusForConditionalGeneration
 
