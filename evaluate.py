@@ -38,7 +38,7 @@ BLIND = "only watched"
 def read_run(run):
     """(flags, training metrics, test metrics, best-of-n pool) of a run folder."""
     run = Path(run)
-    if not (run / "test.jsonl").is_file():
+    if not ((run / "test.jsonl").is_file() and (run / "config.json").is_file()):
         usage_error(f"{run}: no run to be evaluated there (no test.jsonl); make one with torchrun grpo.py")
     config = json.loads((run / "config.json").read_text())
     pool = read_jsonl(run / "best_of_n.jsonl") if (run / "best_of_n.jsonl").is_file() else []
@@ -270,7 +270,7 @@ class Config:
 
 
 def main(cfg):
-    runs = [Path(run) for run in cfg.runs if (Path(run) / "test.jsonl").is_file()]
+    runs = [Path(run) for run in cfg.runs if (Path(run) / "config.json").is_file()]
     if not cfg.runs:
         runs = sorted(Path("runs").glob("*/test.jsonl"), key=lambda path: path.stat().st_mtime)[-1:]
         runs = [path.parent for path in runs]
