@@ -237,8 +237,6 @@ def score(rewards, prompts, images, metadata=None):
 
 # --- several opinions, one number -------------------------------------------------------------
 
-COMBINATIONS = ("sum", "normalized", "mean", "min", "uwo", "pareto", "constrained")
-
 
 def standardize(values_NK, group_size):
     """z-scores within each group of group_size rows, NaN-aware; n - 1 in the deviation as in T2I-R1."""
