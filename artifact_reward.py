@@ -8,7 +8,7 @@ not even the prompt. The reward is read from the distribution of the first token
 
 With a probability instead of an answer, two pictures that are both "no" can still be told apart,
 and a group of rollouts has something to learn from. The question is the method's only parameter;
-the paper finds it by automatic prompt optimisation, ours was written by hand.
+the paper finds it by automatic prompt optimisation, and so does apo.py.
 
 Run:   python artifact_reward.py picture.png                      the tiny judge, in this process
        vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8000         the real one, in another terminal
@@ -117,6 +117,14 @@ class LocalJudge:
         return scores
 
 
+def picture_part(image):
+    """A picture as a part of a chat message."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")  # not JPEG: its blocks and ringing are artifacts
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
 class ServedJudge:
     """Any OpenAI-compatible server that gives logprobs, such as vLLM; several addresses share the work."""
 
@@ -151,11 +159,8 @@ class ServedJudge:
         )
 
     def ask(self, client, question, image):
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "PNG")  # not JPEG: its blocks and ringing are artifacts
-        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
         # The question comes first: then it is the same prefix for all pictures, and is cached.
-        content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": url}}]
+        content = [{"type": "text", "text": question}, picture_part(image)]
         try:
             reply = client.chat.completions.create(
                 model=self.model,
@@ -178,6 +183,11 @@ class ServedJudge:
         return score
 
 
+def read_question(text):
+    """A question, or the name of a file that holds one (apo.py writes such files); None stays None."""
+    return Path(text).read_text(encoding="utf-8").strip() if text and Path(text).is_file() else text
+
+
 class ArtifactReward:
     """P(no artifact) by a vision-language judge; sees the picture, never the prompt.
 
@@ -195,7 +205,7 @@ class ArtifactReward:
             self.judge = ServedJudge(list(judge_urls) or [DEFAULT_URL], judge_model)
         own = Path(checkpoint or "") / "artifact.txt"  # a judge may bring the question that suits it
         default = own if checkpoint and own.is_file() else HERE / "prompts" / "artifact.txt"
-        self.question = question or default.read_text(encoding="utf-8").strip()
+        self.question = read_question(question) or default.read_text(encoding="utf-8").strip()
 
     @property
     def failures(self):
@@ -212,7 +222,7 @@ class Config:
     judge_url: tuple[str, ...] = ()  # server(s) to ask; none: the judge runs in this process
     judge_model: str | None = None  # the served model's name; default: the first that is served
     checkpoint: str = "tiny"  # in-process judge: "tiny", a folder, or a hub name
-    question: str | None = None  # instead of the judge's artifact.txt or prompts/artifact.txt
+    question: str | None = None  # a text or a file, instead of the judge's artifact.txt or prompts/artifact.txt
 
 
 def main(cfg):

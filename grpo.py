@@ -57,7 +57,7 @@ class Config:
     num_generations: int = 8  # G, rollouts of a prompt: the group
     prompts_per_step: int = 16  # P, over all processes
     max_steps: int | None = None  # steps of training [tiny: 50; else 1600]
-    learning_rate: float | None = None  # of AdamW [tiny: 7e-5; else 1e-6, as T2I-R1]
+    learning_rate: float | None = None  # of AdamW, falling linearly to 0 [tiny: 7e-5; else 1e-6, as T2I-R1]
     beta: float = 0.01  # weight of the KL penalty to the reference policy
     epsilon: float = 0.2  # clip range below 1
     epsilon_high: float = 0.2  # clip range above 1; DAPO takes .28
@@ -80,6 +80,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; weights stay float32
     judge_url: tuple[str, ...] = ()  # judge server(s) [tiny: in-process; else http://127.0.0.1:8000/v1]
     judge_model: str | None = None  # the served model's name [the first that is served]
+    question: str | None = None  # put to the judge: a text or a file, such as apo.py writes [the judge's own]
     max_failures: float = 0.5  # stop when more than this share of a step's rollouts has no score
 
     output_dir: str = "runs"  # run folders go here
@@ -377,6 +378,9 @@ def main(cfg):
         everyone = torch.tensor(gather(total.tolist()))
         mine = slice(rank * len(total), (rank + 1) * len(total))
         advantages = group_advantages(everyone, cfg.num_generations, cfg.advantage)[mine]
+        # Linear decay to 0, as T2I-R1 (the Trainer's default): at a constant rate the noise of the gradient alone
+        # keeps the policy wandering, which costs KL and buys no reward.
+        optimizer.param_groups[0]["lr"] = cfg.learning_rate * (1 - step / cfg.max_steps)
         metrics = update(policy, reference, optimizer, rollouts, advantages, cfg)  # better ones become likelier
         log.tick("update")
 
@@ -408,7 +412,7 @@ def main(cfg):
 
 def load_rewards(names, cfg, device):
     checkpoint = "tiny" if cfg.model == "tiny" else None
-    judge = {"artifact": dict(judge_urls=cfg.judge_url, judge_model=cfg.judge_model)}
+    judge = {"artifact": dict(judge_urls=cfg.judge_url, judge_model=cfg.judge_model, question=cfg.question)}
     return {name: reward_models.load(name, device, checkpoint, **judge.get(name, {})) for name in names}
 
 
