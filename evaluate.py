@@ -1,288 +1,276 @@
-"""What a run did: the hacking figure, the table, the page.
+"""Evaluate: runs, folders of pictures, pairs of pictures, one run against another.
 
-A reward model is a proxy for what we want. Optimise it, and for a while what we want comes along; go
-on, and it stays behind: over-optimisation (Gao et al., arXiv:2210.10760). The picture to look at has
-the distance from the starting policy on the x axis, sqrt(KL), and on the y axis the proxy and the
-truth. Best-of-n, which optimises the same proxy by choosing and trains nothing, lies on the same axes:
+A number is worth what was done to avoid fooling oneself with it. So: what trained the policy is never
+called evidence; the mean of a folder comes with its standard error *over prompts* (four pictures of one
+prompt are not four opinions) and with the number of pictures that could not be scored; two runs are
+compared picture by picture, same prompt and same noise, because that takes the prompts' difficulty out;
+and a reward is tested on pairs, a clean and a broken picture of one prompt, before it is trusted:
 
-    KL(best of n || base) = log n - (n - 1) / n,      its reward estimated without bias from one pool
+    accuracy = (pairs where the clean picture scores higher + ties / 2) / pairs        the paper's Table 2
 
-Run:   python evaluate.py                       the newest run: writes its hacking.png and report.html
-       python evaluate.py runs/*                all of them, and a table over their seeds
+Run:   python evaluate.py                                      the newest run: figure, table, report.html
+       python evaluate.py runs/* --figure hacking.png          all of them, and a table over their seeds
+       python evaluate.py --images outputs --prompts tiny/prompts/test.jsonl --rewards hps,artifact
+       python evaluate.py --pairs tiny/pairs                   which reward notices what is broken?
+       python evaluate.py --compare RUN_A RUN_B                paired differences, and the pictures
+       python evaluate.py --summarize results.jsonl            GenEval's, WISE's, DPG's own result files
 
-You should see:  for each set of training rewards, before -> after with a 95 % interval over seeds.
+You should see:  tables in Markdown, ready to be pasted; pages that open from disk.
 
-Read next: tiny.py (how gold is measured)
+Left out: the detectors of GenEval and T2I-CompBench. Their own scorers run on `generate.py --layout`.
+Read next: hacking.py (the figure), layouts.py (where benchmarks keep their pictures)
 """
 
-import base64
+import hashlib
 import html
-import json
 import math
 import statistics
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from PIL import Image, ImageDraw
+from PIL import Image
+from tqdm import tqdm
 
-from files import atomic, read_jsonl, usage_error
+import files
+import hacking
+import layouts
+import report
+import rewards as reward_models
+from files import atomic, json_line, read_jsonl, usage_error
+from generate import pick_device
 
-CLEAN_ENOUGH = 0.5  # gold-clean from here on counts as artifact-free (the tiny world's definition)
-STRIP = 12  # pictures in the strip of fixed prompts
-BLIND = "only watched"
-
-
-def read_run(run):
-    """(flags, training metrics, test metrics, best-of-n pool) of a run folder."""
-    run = Path(run)
-    if not ((run / "test.jsonl").is_file() and (run / "config.json").is_file()):
-        usage_error(f"{run}: no run to be evaluated there (no test.jsonl); make one with torchrun grpo.py")
-    config = json.loads((run / "config.json").read_text())
-    pool = read_jsonl(run / "best_of_n.jsonl") if (run / "best_of_n.jsonl").is_file() else []
-    steps = read_jsonl(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
-    return config, steps, read_jsonl(run / "test.jsonl"), pool
-
-
-# --- numbers ------------------------------------------------------------------------------------
-
-
-def mean(values):
-    """Of the finite ones: a score that failed is NaN and belongs to no mean."""
-    known = [v for v in values if math.isfinite(v)]
-    return sum(known) / len(known) if known else math.nan
-
-
-def test_means(records):
-    """The records of one test -> the mean of every score, KL, and the share of artifact-free pictures."""
-    names = [name for name, value in records[0].items() if isinstance(value, float)]
-    means = {name: mean(r[name] for r in records) for name in names}
-    if "gold-clean" in means:
-        means["artifact-free"] = mean(artifact_free(r) for r in records)
-    return means
-
-
-def artifact_free(record):
-    return math.nan if math.isnan(record["gold-clean"]) else float(record["gold-clean"] >= CLEAN_ENOUGH)
-
-
-def best_of_n(pool, n, value):
-    """Expected value(record) of the best of n by "total", without bias, from a pool of N >= n pictures a
-    prompt: the i-th best of the pool (i from 0) is the best of n of them in C(N-1-i, n-1) of C(N, n) draws."""
-    prompts = defaultdict(list)
-    for r in pool:
-        if math.isfinite(r["total"]):
-            prompts[r["id"]].append(r)
-    expected = []
-    for group in prompts.values():
-        ranked, N = sorted(group, key=lambda r: -r["total"]), len(group)
-        if N >= n:
-            expected.append(
-                sum(math.comb(N - 1 - i, n - 1) * value(r) for i, r in enumerate(ranked)) / math.comb(N, n)
-            )
-    return mean(expected)
-
-
-def interval(values):
-    """Mean and half width of its 95 % interval over seeds (Student's t)."""
-    n, center = len(values), sum(values) / len(values)
-    if n < 2:
-        return center, math.nan
-    t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}.get(n, 2.3)
-    return center, t * math.sqrt(sum((v - center) ** 2 for v in values) / (n - 1) / n)
-
-
-def within_prompt_std(pool, name):
-    """How far apart the untrained policy's pictures of one prompt score: sqrt of the mean variance."""
-    prompts = defaultdict(list)
-    for r in pool:
-        if math.isfinite(r[name]):
-            prompts[r["id"]].append(r[name])
-    return math.sqrt(mean(statistics.variance(scores) for scores in prompts.values() if len(scores) > 1))
-
-
-def seeds_table(runs):
-    """Lines of a Markdown table: for each set of training rewards, first test -> last test and the change
-    with its 95 % interval over seeds. The gain of the first reward is also given in its deviations within a
-    prompt: what would make an average picture the best of a few."""
-    groups = defaultdict(list)
-    for run in runs:
-        config, _, tests, pool = read_run(run)
-        groups[config["flags"]["rewards"]].append((tests, pool))
-    lines = ["| trained on | measured | before | after | change, 95 % over seeds |", "|---|---|---|---|---|"]
-    for trained, members in groups.items():
-        title = f"`{trained}`, {len(members)} seeds"
-        for name in (key for key in members[0][0][0] if key != "step"):
-            before, after = ([tests[i][name] for tests, _ in members] for i in (0, -1))
-            change, width = interval([b - a for a, b in zip(before, after)])
-            row = f"| {title} | {name} | {mean(before):.3f} | {mean(after):.3f} | {change:+.3f} ± {width:.3f}"
-            if all(pool and name in pool[0] for _, pool in members) and "gold" not in name:
-                spread = mean(within_prompt_std(pool, name) for _, pool in members)
-                row += f" ({change / spread:+.1f} within-prompt deviations)"
-            lines.append(row + " |")
-            title = ""
-    return lines
-
-
-# --- pictures -----------------------------------------------------------------------------------
-
-
-def save_strip(images, path, side=96):
-    """The pictures of the fixed prompts, side by side, in one PNG."""
-    strip = Image.new("RGB", ((side + 4) * len(images), side), "white")
-    for i, image in enumerate(images):
-        how = Image.NEAREST if image.width < side else Image.LANCZOS  # small pictures keep their pixels
-        strip.paste(image.resize((side, side), how), (i * (side + 4), 0))
-    with atomic(path, "wb") as file:
-        strip.save(file, "PNG")
-
-
-def training_grid(run):
-    """The same prompts with the same noise, a row per test: what training did to them."""
-    strips = sorted((Path(run) / "samples").glob("step_*.png"))
-    rows = [Image.open(path) for path in strips]
-    margin, gap = 70, 4
-    grid = Image.new("RGB", (margin + rows[0].width, sum(row.height + gap for row in rows)), "white")
-    pen, y = ImageDraw.Draw(grid), 0
-    for path, row in zip(strips, rows):
-        pen.text((4, y + row.height // 2 - 6), f"step {int(path.stem.split('_')[1])}", fill="black")
-        grid.paste(row, (margin, y))
-        y += row.height + gap
-    with atomic(Path(run) / "training.png", "wb") as file:
-        grid.save(file, "PNG")
-
-
-def hacking_figure(runs, path):
-    """Proxy and truth against sqrt(KL), a colour for each set of training rewards (one line a seed), with
-    best-of-n of the base policy on the same axes; below, the same prompts and noise before and after."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    read = [(Path(run), *read_run(run)) for run in runs]
-    trained = [config["flags"]["rewards"] for _, config, *_ in read]
-    kinds = list(dict.fromkeys(trained))
-    proxies = list(dict.fromkeys(part.split(":")[0] for kind in kinds for part in kind.split(",")))
-    panels = [
-        *proxies,
-        *(name for name in ("artifact-free", "gold") if any(name in tests[0] for *_, tests, _ in read)),
-    ]
-    figure = plt.figure(figsize=(3.3 * len(panels), 4.3 + 0.8 * len(kinds)), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[3.5, 0.8 * (1 + len(kinds))])
-    for axis, name in zip(above.subplots(1, len(panels), squeeze=False)[0], panels):
-        labelled = set()
-        for kind, (_, _, _, tests, pool) in zip(trained, read):
-            style = dict(color=f"C{kinds.index(kind)}", markersize=4)
-            points = [(math.sqrt(max(0.0, t["kl"])), t[name]) for t in tests if name in t]
-            if points:
-                axis.plot(*zip(*points), "o-", label=None if kind in labelled else f"GRPO on {kind}", **style)
-            value = artifact_free if name == "artifact-free" else lambda r: r[name]
-            if pool and kind not in labelled and (name in pool[0] or name == "artifact-free"):
-                largest = max(r["sample"] for r in pool) + 1
-                ns = [2**i for i in range(10) if 2**i <= largest]
-                axis.plot(
-                    [math.sqrt(math.log(n) - (n - 1) / n) for n in ns],
-                    [best_of_n(pool, n, value) for n in ns],
-                    "s--",
-                    alpha=0.6,
-                    label=f"best of n by {kind}, n to {ns[-1]}",
-                    **style,
-                )
-            labelled.add(kind)
-        axis.set_title(f"{name} ({'a proxy' if name in proxies else 'the truth'})", fontsize=10)
-        axis.set_xlabel("sqrt(KL to the base policy)")
-        axis.grid(alpha=0.3)
-    above.axes[-1].legend(fontsize=7)
-    rows = [("before", sorted((read[0][0] / "samples").glob("step_*.png"))[0])]
-    rows += [
-        (f"after GRPO on {kind}", sorted((read[trained.index(kind)][0] / "samples").glob("step_*.png"))[-1])
-        for kind in kinds
-    ]
-    for axis, (title, strip) in zip(below.subplots(len(rows), 1, squeeze=False)[:, 0], rows):
-        axis.imshow(Image.open(strip))
-        axis.set_title(title, fontsize=9, loc="left", pad=2)
-        axis.axis("off")
-    with atomic(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
-
-
-# --- the page -----------------------------------------------------------------------------------
-
-
-def picture(path):
-    """A picture as part of the page itself: the page opens from disk, alone, with no network."""
-    data = base64.b64encode(Path(path).read_bytes()).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(Path(path).name)}">'
-
-
-def table(rows):
-    """Dicts with the same keys -> an HTML table; every text escaped, for prompts are anybody's."""
-
-    def cell(value):
-        return f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
-
-    if not rows:
-        return "<p>none</p>"
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
-    return (
-        f"<table><tr>{head}</tr>"
-        + "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row.values()) + "</tr>" for row in rows)
-        + "</table>"
-    )
-
-
-def report(run):
-    """Write hacking.png, training.png and report.html of a run; returns the page's path."""
-    run = Path(run)
-    config, _, tests, _ = read_run(run)
-    hacking_figure([run], run / "hacking.png")
-    training_grid(run)
-    trained = [part.split(":")[0] for part in config["flags"]["rewards"].split(",")]
-    records = read_jsonl(sorted((run / "tests").glob("step_*.jsonl"))[-1])
-    gap = (lambda r: r["gold"] - r[trained[0]]) if "gold" in records[0] else (lambda r: -r[trained[0]])
-    known = [r for r in records if math.isfinite(gap(r))]
-    worst = sorted(known, key=gap)[:12]  # the reward likes these, and they are not good
-    page = f"""<!doctype html><meta charset="utf-8"><title>{html.escape(run.name)}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>:root {{ color-scheme: light dark }} body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }}
-img {{ max-width: 100%; background: white }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-td, th {{ padding: .2em .7em; border-bottom: 1px solid #8886; text-align: left }} .wide {{ overflow-x: auto }}</style>
-<h1>{html.escape(run.name)}</h1><p><code>{html.escape(config["command"])}</code></p>
-<p>Trained on {html.escape(", ".join(trained))}. Everything else was {BLIND}.</p>
-<h2>Proxy and truth</h2>{picture(run / "hacking.png")}
-<h2>Test prompts, step by step</h2><div class="wide">{table(tests)}</div>
-<h2>The same prompts and noise through training</h2><div class="wide">{picture(run / "training.png")}</div>
-<h2>Where the reward and the truth differ most, last test</h2><div class="wide">{table(worst)}</div>
-"""
-    with atomic(run / "report.html") as file:
-        file.write(page)
-    return run / "report.html"
+# The paper's Table 2 (arXiv:2601.03468): accuracy on its 202 pairs.
+PAPER = {"hps": 0.53, "aesthetic": 0.42, "imagereward": 0.68, "maniqa": 0.39, "deqa": 0.51, "gdino": 0.58,
+         "orm": 0.56, "unified": 0.65, "artifact": 0.80}
 
 
 @dataclass
 class Config:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # run folders; none: the newest in runs/
     figure: str = ""  # also draw all these runs into one figure, here
+    images: str = ""  # a folder of pictures, in any layout of layouts.py
+    prompts: str = ""  # their prompts, a file of any format
+    rewards: str = "hps,artifact"  # what to score pictures and pairs with
+    pairs: str = ""  # a folder of pairs with test.jsonl, such as tiny/pairs
+    compare: tuple[str, str] | None = None  # two run folders, or two score files of --images
+    summarize: str = ""  # a result file of an official scorer
+    output: str = ""  # where the scores or the comparison go [beside the pictures; compare.html]
+    model: str = "tiny"  # "tiny" for our reward checkpoints, "real" for the published ones
+    judge_url: tuple[str, ...] = ()  # judge server(s) [tiny: in-process]
+    strict: bool = False  # a prompt without pictures is an error
+
+
+# --- a folder of pictures -------------------------------------------------------------------------
+
+
+def load_rewards(cfg):
+    checkpoint = "tiny" if cfg.model == "tiny" else None
+    options = {"artifact": dict(judge_urls=cfg.judge_url)}
+    return {name: reward_models.load(name, pick_device("auto")[0], checkpoint, **options.get(name, {}))
+            for name in reward_models.parse(cfg.rewards)}
+
+
+def open_picture(path):
+    """The picture, or None if the file is damaged: one bad file costs one score."""
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, SyntaxError, ValueError) as problem:  # Pillow has all three for broken files
+        print(f"error: {path}: not a readable picture ({problem})", file=sys.stderr)
+        return None
+
+
+def score_images(matched, scorers, known, save, batch=64):
+    """Score matched pictures [(row, k, path)]; returns records, one dict a picture. `known` are records of
+    earlier times: what they hold is not scored again. save(records) is called now and then."""
+    old = {(r["path"], r["sha256"]): r for r in known}
+    records = []
+    bar = tqdm(range(0, len(matched), batch), desc="scoring", unit=f" x {batch} pictures", disable=len(matched) <= batch)
+    for start in bar:
+        part = matched[start : start + batch]
+        new = [{"path": str(path), "id": row["id"], "prompt": row["prompt"], "tag": row["tag"], "sample": k,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for row, k, path in part]
+        new = [record | {n: v for n, v in old.get((record["path"], record["sha256"]), {}).items() if n not in record}
+               for record in new]
+        todo = {name: [i for i, r in enumerate(new) if not math.isfinite(r.get(name, math.nan))] for name in scorers}
+        images = {i: open_picture(part[i][2]) for i in sorted({i for indices in todo.values() for i in indices})}
+        for name, scorer in scorers.items():
+            good = [i for i in todo[name] if images[i] is not None]
+            for i in todo[name]:
+                new[i][name] = math.nan
+            if good:
+                scores = reward_models.score({name: scorer}, [new[i]["prompt"] for i in good],
+                                             [images[i] for i in good], [part[i][0] for i in good])[name]
+                for i, value in zip(good, scores.tolist()):
+                    new[i][name] = value
+        records += new
+        if start // batch % 16 == 15:
+            save(records)
+    return records
+
+
+def score_table(records, names, tags=False):
+    """Mean, standard error over prompts, n and failures of each score; with tags, a row for each tag."""
+    rows = []
+    for name in names:
+        groups = {"all": records}
+        for r in records if tags else []:
+            groups.setdefault(r["tag"], []).append(r)
+        for tag, members in groups.items():
+            by_prompt = defaultdict(list)
+            for r in members:
+                if math.isfinite(r[name]):
+                    by_prompt[r["id"]].append(r[name])
+            means = [report.mean(values) for values in by_prompt.values()]
+            error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+            n = sum(map(len, by_prompt.values()))
+            rows.append({"score": name, "prompts": tag or "untagged", "mean": report.mean(means),
+                         "standard error": error, "n": n, "failed": len(members) - n})
+    return rows
+
+
+def evaluate_folder(cfg):
+    rows = files.load_prompts(cfg.prompts)
+    layout, matched, missing, extra = layouts.find_images(cfg.images, rows)
+    print(f"{cfg.images}: {layout} layout, {len(matched)} pictures of {len(rows) - len(missing)} prompts; "
+          f"{len(missing)} prompts without a picture, {len(extra)} pictures of no prompt")
+    if missing and cfg.strict:
+        usage_error(f"--strict: {len(missing)} prompts have no picture, such as {missing[0]['id']!r}")
+    output = Path(cfg.output or f"{Path(cfg.images)}-scores-{cfg.model}.jsonl")
+    known, scorers = read_jsonl(output) if output.is_file() else [], load_rewards(cfg)
+
+    def save(records):  # nothing is lost: what was scored earlier and is not asked about now stays
+        new = {r["path"] for r in records}
+        with atomic(output) as file:
+            file.writelines(map(json_line, [*records, *(r for r in known if r["path"] not in new)]))
+
+    records = score_images(matched, scorers, known, save)
+    save(records)
+    print("\n".join(report.markdown(score_table(records, scorers, tags=len({r["tag"] for r in records}) > 1))))
+    print(f"a line a picture: {output}")
+    sys.exit(3 if any(math.isnan(r[name]) for r in records for name in scorers) else 0)
+
+
+# --- pairs --------------------------------------------------------------------------------------
+
+
+def pair_scores(reward, folder, split="test"):
+    """(rows, scores of the clean pictures, scores of the broken ones) of folder/split.jsonl."""
+    folder = Path(folder)
+    if not (folder / f"{split}.jsonl").is_file():
+        usage_error(f"--pairs {folder}: no {split}.jsonl there; a line has prompt, clean and broken (two files)")
+    rows = read_jsonl(folder / f"{split}.jsonl")
+    sides = [reward([r["prompt"] for r in rows], [Image.open(folder / r[side]).convert("RGB") for r in rows], rows)
+             for side in ("clean", "broken")]
+    return rows, *(side.tolist() for side in sides)
+
+
+def pair_accuracy(clean, broken):
+    """How often the clean picture scores higher, ties half; pairs without scores are left out."""
+    return report.mean((c > b) + (c == b) / 2 if math.isfinite(c + b) else math.nan for c, b in zip(clean, broken))
+
+
+def pair_table(scorers, folder):
+    """The paper's Table 2 for these rewards: one row each."""
+    table = []
+    for name, reward in scorers.items():
+        rows, clean, broken = pair_scores(reward, folder)
+        couples = list(zip(clean, broken))
+        low, high = report.bootstrap(lambda pick: pair_accuracy(*zip(*(couples[i] for i in pick))),
+                                     [row["prompt"] for row in rows])
+        table.append({"reward": name, "correct": sum(c > b for c, b in couples), "tie": sum(c == b for c, b in couples),
+                      "wrong": sum(c < b for c, b in couples), "failed": sum(math.isnan(c + b) for c, b in couples),
+                      "accuracy": pair_accuracy(clean, broken), "95 %": f"{low:.3f} to {high:.3f}",
+                      "paper": f"{PAPER[name]:.2f}" if name in PAPER else ""})
+    return table
+
+
+# --- one against another --------------------------------------------------------------------------
+
+
+def read_scored(path):
+    """Records with id and sample, and their pictures: the last test of a run, or a file of scores."""
+    path = Path(path)
+    if path.is_file():
+        records = read_jsonl(path)
+        return records, [Path(r["path"]) for r in records]
+    hacking.read_run(path)  # says what is wrong
+    records = read_jsonl(sorted((path / "tests").glob("step_*.jsonl"))[-1])
+    return records, hacking.cut_sheet(path / "tests" / "last.png", len(records))
+
+
+def compare(a, b, output):
+    """B minus A on the same prompts and noise: a table with 95 % intervals, and a page of pictures."""
+    (first, pictures_a), (second, pictures_b) = read_scored(a), read_scored(b)
+    place = {(r["id"], r["sample"]): i for i, r in enumerate(first)}
+    couples = [(place[r["id"], r["sample"]], j) for j, r in enumerate(second) if (r["id"], r["sample"]) in place]
+    if not couples or any(first[i]["prompt"] != second[j]["prompt"] for i, j in couples):
+        usage_error(f"--compare: {a} and {b} have no pictures of the same prompts and samples in common")
+    names = [name for name, value in first[0].items() if isinstance(value, float) and name in second[0]]
+    table = []
+    for name in names:
+        known = [(i, j) for i, j in couples if math.isfinite(first[i][name] + second[j][name])]
+        gains = [second[j][name] - first[i][name] for i, j in known]
+        if gains:
+            low, high = report.bootstrap(lambda pick: report.mean(gains[k] for k in pick),
+                                         [first[i]["prompt"] for i, _ in known], draws=400)
+            table.append({"measured": name, "A": report.mean(first[i][name] for i, _ in known),
+                          "B": report.mean(second[j][name] for _, j in known), "B - A": report.mean(gains),
+                          "95 %": f"{low:+.3f} to {high:+.3f}", "n": len(gains)})
+    key = "gold" if "gold" in names else names[0]
+    shown = sorted(couples, key=lambda ij: -abs(second[ij[1]][key] - first[ij[0]][key]))[:48]
+
+    def view(picture):
+        return open_picture(picture) if isinstance(picture, Path) else picture or ""
+
+    gallery = [{"A": view(pictures_a[i]), "B": view(pictures_b[j]), "prompt": first[i]["prompt"],
+                f"{key} A": first[i][key], f"{key} B": second[j][key]} for i, j in shown]
+    body = (f"<p>A: {html.escape(str(a))}<br>B: {html.escape(str(b))}</p>" + report.table(table)
+            + f"<h2>Side by side, the largest changes of {html.escape(key)} first</h2>" + report.table(gallery))
+    with atomic(output) as file:
+        file.write(report.page("Two runs, picture by picture", body))
+    return table
+
+
+def summary(path):
+    """An official result file as a table, beside the published rows."""
+    benchmark, columns, failed = layouts.summarize(path)
+    rows = [{"model": Path(path).name, **columns}]
+    rows += [{"model": f"{name} (published)", **{c: scores.get(c, math.nan) for c in columns}}
+             for name, scores in layouts.REFERENCES.get(benchmark, {}).items()]
+    print(benchmark)
+    print("\n".join(report.markdown(rows)))
+    if failed:
+        print(f"{len(failed)} without a score, in no mean: {', '.join(map(str, failed[:20]))}", file=sys.stderr)
 
 
 def main(cfg):
+    if bool(cfg.images) != bool(cfg.prompts):
+        usage_error("--images and --prompts go together: pictures, and what they were to show")
+    if cfg.images:
+        return evaluate_folder(cfg)
+    if cfg.pairs:
+        return print("\n".join(report.markdown(pair_table(load_rewards(cfg), cfg.pairs))))
+    if cfg.summarize:
+        return summary(cfg.summarize)
+    if cfg.compare:
+        output = Path(cfg.output or "compare.html")
+        print("\n".join(report.markdown(compare(*cfg.compare, output))))
+        return print(f"the pictures, side by side: {output}")
     runs = [Path(run) for run in cfg.runs if (Path(run) / "config.json").is_file()]
     if not cfg.runs:
-        runs = sorted(Path("runs").glob("*/test.jsonl"), key=lambda path: path.stat().st_mtime)[-1:]
-        runs = [path.parent for path in runs]
+        newest = sorted(Path("runs").glob("*/test.jsonl"), key=lambda path: path.stat().st_mtime)[-1:]
+        runs = [path.parent for path in newest]
     if not runs:
-        usage_error(
-            f"no runs in {', '.join(cfg.runs) or 'runs/'}; make one with torchrun grpo.py --rewards hps,artifact"
-        )
+        usage_error(f"no runs in {', '.join(cfg.runs) or 'runs/'}; make one with torchrun grpo.py --rewards hps,artifact")
     for run in runs:
-        print(report(run))
-    print("\n".join(seeds_table(runs)))
+        print(hacking.report_page(run))
+    print("\n".join(report.markdown(hacking.seeds_table(runs))))
     if cfg.figure:
-        hacking_figure(runs, cfg.figure)
+        hacking.hacking_figure(runs, cfg.figure)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from transformers import JanusForConditionalGeneration, JanusProcessor, StaticCache
 from transformers.utils import logging as transformers_logging
 
+import layouts
 from files import HERE, atomic, load_prompts, usage_error
 
 transformers_logging.set_verbosity_error()  # it would announce each fallback from torchvision to Pillow
@@ -370,6 +371,7 @@ class Config:
     max_thought: int = 64  # longest thought, in tokens
     batch_size: int = 32  # pictures at a time
     limit: int = 0  # only the first prompts; 0 = all
+    layout: Literal["geneval", "t2i-compbench", "wise", "dpg", "hpdv2"] = "geneval"  # also export for this scorer
     overwrite: bool = False  # make pictures again that are there already
     device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; auto: bfloat16 on cuda
@@ -427,6 +429,10 @@ def main(cfg):
         with atomic(manifest) as file:  # whole after each batch, so that a stopped run can go on
             file.writelines(json.dumps(entries[path]) + "\n" for path in sorted(entries))
     print(f"{len(todo)} pictures made, {len(rows) * cfg.num_images - len(todo)} were there already, in {root}/")
+    if cfg.layout != "geneval":
+        out = Path(f"{root}-{cfg.layout}")
+        made = layouts.export(root, cfg.layout, out, Path(cfg.prompts).stem)
+        print(f"the same as {made} files for the official scorer, in {out}/")
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
-import evaluate
 import files
 import generate
+import hacking
 import rewards as reward_models
 from files import HERE, usage_error
 
@@ -260,7 +260,7 @@ def sum_gradients(policy):
 
 def test(policy, reference, scorers, rows, cfg, rank, world):
     """Score the policy on test prompts, with the same noise each time, so that two steps differ by the
-    policy alone. Returns (records of all pictures, the first pictures of this process)."""
+    policy alone. Returns (records, pictures)."""
     jobs = [(j % len(rows), j // len(rows)) for j in range(cfg.eval_images)][rank::world]
     records, shown = [], []
     for batch in (jobs[i : i + cfg.micro_batch] for i in range(0, len(jobs), cfg.micro_batch)):
@@ -269,9 +269,9 @@ def test(policy, reference, scorers, rows, cfg, rank, world):
         scores = reward_models.score(scorers, rollouts.prompts, rollouts.images, chosen)
         k3 = kl_k3(all_logprobs(policy, rollouts, cfg), all_logprobs(reference, rollouts, cfg))
         scores["kl"] = torch.where(rollouts.mask, k3, 0.0).sum(1)
-        records += record(chosen, batch, rollouts, scores)
+        records += record(chosen, batch, rollouts, scores | hacking.image_statistics(rollouts.images))
         shown += rollouts.images
-    return gather(records), shown[: evaluate.STRIP]
+    return gather(records), gather(shown)
 
 
 def best_of_n_pool(reference, scorers, weights, rows, cfg, rank, world):
@@ -387,6 +387,7 @@ def main(cfg):
         scores |= believed | {"total": total, "advantage": advantages}
         records = gather(record(asked, jobs, rollouts, scores))
         metrics |= summarize(records, list(weights), held_out, cfg)
+        metrics["diversity"] = mean(gather(hacking.diversity(rollouts.images, cfg.num_generations)))
         log.step(step, metrics, records)
         if cfg.combine == "constrained":
             seen = {name: torch.tensor([r[name] for r in records]) for name in state["multipliers"]}
@@ -396,6 +397,7 @@ def main(cfg):
         state["step"] = done = step + 1
         ends = done == cfg.max_steps or any(gather([bool(stop)])) or metrics["failed"] > cfg.max_failures
         if done % cfg.eval_steps == 0 or done == cfg.max_steps:
+            log.group(gather(rollouts.images))
             log.test(done, *test(policy, reference, train_on | watch, test_rows, cfg, rank, world))
         if rank == 0 and (done % cfg.save_steps == 0 or ends):
             files.save_checkpoint(run, state, policy, optimizer, cfg.save_total_limit)
@@ -405,7 +407,7 @@ def main(cfg):
     if cfg.best_of:
         log.pool(best_of_n_pool(reference, train_on | watch, weights, test_rows, cfg, rank, world))
     if rank == 0:
-        print(f"look at {evaluate.report(run)}")
+        print(f"look at {hacking.report_page(run)}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -467,11 +469,17 @@ class Log:
 
     def test(self, step, records, images):
         if self.writes:
-            means = evaluate.test_means(records)
+            means = hacking.test_means(records)
             files.log_records(self.run / "tests" / f"step_{step:06d}.jsonl", records)
             files.log_line(self.run / "test.jsonl", {"step": step, **means})
-            evaluate.save_strip(images, self.run / "samples" / f"step_{step:06d}.png")
-            tqdm.write(f"test at step {step}:  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
+            hacking.save_strip(images[: hacking.STRIP], self.run / "samples" / f"step_{step:06d}.png")
+            hacking.save_sheet(images, self.run / "tests" / ("last.png" if step else "first.png"))
+            shown = "  ".join(f"{k} {v:.3f}" for k, v in means.items() if "/" not in k)
+            tqdm.write(f"test at step {step}:  {shown}")
+
+    def group(self, images):
+        if self.writes:
+            hacking.save_sheet(images, self.run / "rollouts" / "last.png")
 
     def pool(self, records):
         if self.writes:

@@ -33,7 +33,9 @@ from transformers import (
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
+import evaluate
 import generate
+import report
 import rewards
 import tiny
 from files import atomic
@@ -280,16 +282,6 @@ def save_pairs(folder, split, painted, n, seed):
             file.write(json.dumps({"id": f"{split}-{i:04d}", **line, **names}) + "\n")
 
 
-def pair_accuracy(reward, folder, split):
-    """How often the reward scores the clean picture of a pair higher; a tie is half right (the paper's Table 2)."""
-    rows = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
-    prompts = [row["prompt"] for row in rows]
-    clean, broken = (
-        reward(prompts, [Image.open(folder / row[side]) for row in rows]) for side in ("clean", "broken")
-    )
-    return ((clean > broken).float() + (clean == broken).float() / 2).mean().item()
-
-
 @dataclass
 class Config:
     out: str = "tiny"  # checkpoints go here
@@ -339,6 +331,5 @@ def main(cfg):
             chosen = [entry for entry in zip(*painted["train"]) if keep(entry[0]["prompt"])]
             save_pairs(out / "pairs", split, list(zip(*chosen)), 200 if split == "train" else 100, cfg.seed)
         save_pairs(out / "pairs", "test", painted["test"], 200, cfg.seed)
-        for name in ("hps", "artifact"):
-            accuracy = pair_accuracy(rewards.load(name, checkpoint=out / name), out / "pairs", "test")
-            print(f"{name}: scores the clean picture of a test pair higher in {accuracy:.3f}")
+        judges = {name: rewards.load(name, checkpoint=out / name) for name in ("hps", "artifact")}
+        print("\n".join(report.markdown(evaluate.pair_table(judges, out / "pairs"))))

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import evaluate
 import files
 import generate
 import grpo
+import hacking
+import report
 
 ROOT = Path(grpo.__file__).parent
 NAN = float("nan")
@@ -181,7 +182,7 @@ def test_every_prompt_comes_once_an_epoch_in_an_order_that_only_the_seed_decides
 
 def test_best_of_n_is_the_expectation_over_all_draws():
     pool = [{"id": "x", "total": t, "gold": g} for t, g in ((3.0, 0.0), (2.0, 1.0), (1.0, 0.5))]
-    value = [evaluate.best_of_n(pool, n, lambda r: r["gold"]) for n in (1, 2, 3)]
+    value = [hacking.best_of_n(pool, n, lambda r: r["gold"]) for n in (1, 2, 3)]
     assert value == pytest.approx([0.5, (0 + 0 + 1) / 3, 0.0])  # pairs: {3,2}, {3,1}, {2,1}
 
 
@@ -274,7 +275,7 @@ def test_a_run_leaves_everything_a_person_looks_at(whole_run):
 
 
 def test_the_report_escapes_what_people_write():
-    assert evaluate.table([{"prompt": "<script>alert(1)</script>"}]).count("<script>") == 0
+    assert report.table([{"prompt": "<script>alert(1)</script>"}]).count("<script>") == 0
 
 
 def test_a_checkpoint_opens_with_from_pretrained_and_has_moved(whole_run, policy):
