@@ -42,7 +42,7 @@ import tyro
 from PIL import Image
 
 import report
-from artifact_reward import DEFAULT_URL, ArtifactReward, picture_part, read_question
+from artifact_reward import DEFAULT_URL, ArtifactReward, ask, picture_part, read_question
 from files import HERE, atomic, json_line, read_jsonl, usage_error
 from generate import pick_device
 
@@ -139,7 +139,7 @@ class Answers:
         missing = [i for key, i in dict(zip(keys, range(len(keys)))).items() if self.recall(key) is None]
         if missing:
             self.asked += len(missing)
-            scores = self.judge(question, [Image.open(examples[i]["path"]).convert("RGB") for i in missing])
+            scores = ask(self.judge, question, [Image.open(examples[i]["path"]).convert("RGB") for i in missing])
             for i, score in zip(missing, scores):
                 if math.isfinite(score):
                     self.remember(keys[i], repr(1 - score))

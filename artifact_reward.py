@@ -25,6 +25,7 @@ import collections
 import io
 import itertools
 import math
+import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,9 +35,10 @@ from typing import Annotated
 import openai
 import torch
 import tyro
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from files import HERE, usage_error
+import report
+from files import HERE, atomic, usage_error
 from generate import pick_device
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"  # where `vllm serve MODEL --port 8000` listens
@@ -107,14 +109,15 @@ class LocalJudge:
         return self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
 
     @torch.inference_mode()
-    def __call__(self, question, images):
-        scores = []
+    def answers(self, question, images):
+        """For each picture the likeliest first tokens, [(token, logprob)]."""
+        found = []
         for i in range(0, len(images), 64):
             batch = [image.convert("RGB") for image in images[i : i + 64]]
             logprobs, ids = self.logits([question] * len(batch), batch).log_softmax(-1).topk(TOP)
             for row, values in zip(ids, logprobs.tolist()):
-                scores.append(p_no(zip(self.tokenizer.batch_decode(row[:, None]), values)))
-        return scores
+                found.append(list(zip(self.tokenizer.batch_decode(row[:, None]), values)))
+        return found
 
 
 def picture_part(image):
@@ -153,10 +156,9 @@ class ServedJudge:
                     f"--judge-model {self.model}: {url} serves {', '.join(served)}; name one of these"
                 )
 
-    def __call__(self, question, images):
-        return list(
-            self.pool.map(self.ask, itertools.cycle(self.clients), itertools.repeat(question), images)
-        )
+    def answers(self, question, images):
+        """As LocalJudge.answers; an empty list where the server gave none, the reason in `failures`."""
+        return list(self.pool.map(self.ask, itertools.cycle(self.clients), itertools.repeat(question), images))
 
     def ask(self, client, question, image):
         # The question comes first: then it is the same prefix for all pictures, and is cached.
@@ -172,15 +174,12 @@ class ServedJudge:
             )
         except (openai.OpenAIError, ValueError) as problem:  # ValueError: a body that is no JSON
             self.failures[f"{type(problem).__name__}: {str(problem)[:200]}"] += 1
-            return math.nan
+            return []
         tokens = reply.choices[0].logprobs if reply.choices else None
         if not (tokens and tokens.content and tokens.content[0].top_logprobs):
             self.failures["the answer came without logprobs"] += 1
-            return math.nan
-        score = p_no([(top.token, top.logprob) for top in tokens.content[0].top_logprobs])
-        if math.isnan(score):
-            self.failures[f"neither yes nor no, but {tokens.content[0].token!r}"] += 1
-        return score
+            return []
+        return [(top.token, top.logprob) for top in tokens.content[0].top_logprobs]
 
 
 def read_question(text):
@@ -212,13 +211,53 @@ class ArtifactReward:
         """Why pictures got no score: a Counter of reasons."""
         return self.judge.failures
 
+    @property
+    def remote(self):
+        """Is the work done elsewhere, so that there is time for something else meanwhile?"""
+        return isinstance(self.judge, ServedJudge)
+
     def __call__(self, prompts, images, metadata=None):
-        return torch.tensor(self.judge(self.question, list(images)), dtype=torch.float32)
+        return torch.tensor(ask(self.judge, self.question, list(images)), dtype=torch.float32)
+
+    def check(self):
+        """The canary: before anything is trained on this judge, it must find an obviously broken picture worse
+        than a whole one. A wrong model, or a server that ignores pictures, is found here and not after a day."""
+        whole, broken = self([""] * 2, canary()).tolist()
+        if not whole > broken:
+            usage_error(f"the judge gives a whole picture {whole:.3f} and a torn one {broken:.3f}, which is the wrong "
+                        f"way round; look at it with `python artifact_reward.py --explain`, or change --question "
+                        f"({dict(self.failures) or self.question!r})")
+
+
+def ask(judge, question, images):
+    """P(no) of each picture by either kind of judge; NaN, counted with its reason, where there is none."""
+    scores = []
+    for answer in judge.answers(question, images):
+        scores.append(p_no(answer))
+        if answer and math.isnan(scores[-1]):
+            judge.failures[f"neither yes nor no, but {answer[0][0]!r}"] += 1
+    return scores
+
+
+def canary(side=256):
+    """Two pictures: a red disc and a blue square; the same with blocks that have slipped, and noise."""
+    whole = Image.new("RGB", (side, side), (236, 236, 236))
+    pen = ImageDraw.Draw(whole)
+    pen.ellipse([side * 0.1, side * 0.15, side * 0.5, side * 0.55], fill=(214, 40, 40))
+    pen.rectangle([side * 0.55, side * 0.5, side * 0.9, side * 0.85], fill=(40, 70, 200))
+    broken, cell, rng = whole.copy(), side // 8, random.Random(0)
+    for _ in range(24):
+        x, y, left, top = (rng.randrange(8) * cell for _ in range(4))
+        broken.paste(whole.crop((left, top, left + cell, top + cell)), (x, y))
+    static = Image.frombytes("RGB", (side // 2, side // 2), rng.randbytes(3 * (side // 2) ** 2))
+    broken.paste(static, (side // 4, side // 4))
+    return [whole, broken]
 
 
 @dataclass
 class Config:
     images: Annotated[tuple[str, ...], tyro.conf.Positional]  # picture files
+    explain: str = ""  # also write a page here: picture, question, the answer's probabilities, score
     judge_url: tuple[str, ...] = ()  # server(s) to ask; none: the judge runs in this process
     judge_model: str | None = None  # the served model's name; default: the first that is served
     checkpoint: str = "tiny"  # in-process judge: "tiny", a folder, or a hub name
@@ -230,17 +269,24 @@ def main(cfg):
     reward = ArtifactReward(
         pick_device("auto")[0], None if cfg.judge_url else local, cfg.judge_url, cfg.judge_model, cfg.question
     )
-    failed = 0
+    rows, failed = [], 0
     for path in cfg.images:
         try:
-            score = float(reward([""], [Image.open(path).convert("RGB")])[0])
+            image = Image.open(path).convert("RGB")
+            answer = reward.judge.answers(reward.question, [image])[0]
         except OSError as problem:
             print(f"error: {path}: not a readable picture ({problem})", file=sys.stderr)
-            score = math.nan
+            image, answer = "", []
+        score = p_no(answer)
         failed += math.isnan(score)
         print(f"{score:.4f}  {path}")
+        said = ", ".join(f"{token!r} {math.exp(logprob):.3f}" for token, logprob in answer[:6])
+        rows.append({"picture": image, "file": path, "first tokens of the answer": said, "score": score})
     for reason, count in reward.failures.items():
         print(f"{count} without a score: {reason}", file=sys.stderr)
+    if cfg.explain:
+        with atomic(cfg.explain) as file:
+            file.write(report.page(reward.question, report.table(rows)))
     sys.exit(3 if failed else 0)
 
 

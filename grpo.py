@@ -188,14 +188,13 @@ def all_logprobs(policy, rollouts, cfg):
     return torch.cat([generate.logprobs(policy, rollouts[s], weight) for s in slices(rollouts, cfg)])
 
 
-def update(policy, reference, optimizer, rollouts, advantages, cfg):
+def update(policy, reference_logprobs, optimizer, rollouts, advantages, cfg):
     """Teach: `updates_per_rollout` optimizer steps on these rollouts. Returns metrics.
 
     The average goes over all tokens of all processes ("token mean", as DAPO): a process with longer
     thoughts must not weigh its tokens less (T2I-R1 averages within each micro-batch)."""
     mask, weight = rollouts.mask, guidance_weights(cfg, policy)[1]
     advantages, tokens = advantages.to(mask.device), sum(gather([mask.sum().item()]))
-    reference_logprobs = all_logprobs(reference, rollouts, cfg)
     old, loss_sum, clipped = [], 0.0, 0
     for repetition in range(cfg.updates_per_rollout):
         optimizer.zero_grad()
@@ -371,7 +370,9 @@ def main(cfg):
 
         rollouts = rollout(policy, rows, jobs, step, cfg)  # G thoughts and pictures for each prompt
         log.tick("rollout")
-        scores = reward_models.score(train_on, rollouts.prompts, rollouts.images, asked)  # what trains
+        training_scores = reward_models.start_scoring(train_on, rollouts.prompts, rollouts.images, asked)
+        reference_logprobs = all_logprobs(reference, rollouts, cfg)  # meanwhile: a judge far away takes its time
+        scores = training_scores()  # what trains
         believed = reward_models.score(watch, rollouts.prompts, rollouts.images, asked)  # what does not
         total = reward_models.combine(scores, weights, cfg.num_generations, cfg.combine, state["multipliers"])
         log.tick("score")
@@ -381,7 +382,7 @@ def main(cfg):
         # Linear decay to 0, as T2I-R1 (the Trainer's default): at a constant rate the noise of the gradient alone
         # keeps the policy wandering, which costs KL and buys no reward.
         optimizer.param_groups[0]["lr"] = cfg.learning_rate * (1 - step / cfg.max_steps)
-        metrics = update(policy, reference, optimizer, rollouts, advantages, cfg)  # better ones become likelier
+        metrics = update(policy, reference_logprobs, optimizer, rollouts, advantages, cfg)  # better ones become likelier
         log.tick("update")
 
         scores |= believed | {"total": total, "advantage": advantages}
@@ -397,7 +398,7 @@ def main(cfg):
         state["step"] = done = step + 1
         ends = done == cfg.max_steps or any(gather([bool(stop)])) or metrics["failed"] > cfg.max_failures
         if done % cfg.eval_steps == 0 or done == cfg.max_steps:
-            log.group(gather(rollouts.images))
+            log.group(step, gather(rollouts.images))
             log.test(done, *test(policy, reference, train_on | watch, test_rows, cfg, rank, world))
         if rank == 0 and (done % cfg.save_steps == 0 or ends):
             files.save_checkpoint(run, state, policy, optimizer, cfg.save_total_limit)
@@ -415,7 +416,10 @@ def main(cfg):
 def load_rewards(names, cfg, device):
     checkpoint = "tiny" if cfg.model == "tiny" else None
     judge = {"artifact": dict(judge_urls=cfg.judge_url, judge_model=cfg.judge_model, question=cfg.question)}
-    return {name: reward_models.load(name, device, checkpoint, **judge.get(name, {})) for name in names}
+    loaded = {name: reward_models.load(name, device, checkpoint, **judge.get(name, {})) for name in names}
+    if "artifact" in loaded:
+        loaded["artifact"].check()
+    return loaded
 
 
 def load_state(checkpoint, optimizer, weights):
@@ -477,9 +481,11 @@ class Log:
             shown = "  ".join(f"{k} {v:.3f}" for k, v in means.items() if "/" not in k)
             tqdm.write(f"test at step {step}:  {shown}")
 
-    def group(self, images):
+    def group(self, step, images):
         if self.writes:
-            hacking.save_sheet(images, self.run / "rollouts" / "last.png")
+            for old in (self.run / "rollouts").glob("*.png"):
+                old.unlink()
+            hacking.save_sheet(images, self.run / "rollouts" / f"step_{step:06d}.png")
 
     def pool(self, records):
         if self.writes:

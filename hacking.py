@@ -334,21 +334,20 @@ def worst_gaps(run, trained, n=24):
 
     gap = sum(z(name) for name in trained) - (len(trained) * z(truth) if truth else 0)
     order = [i for i in np.argsort(-gap) if math.isfinite(gap[i])][:n]
-    hidden = {"id", "sample"}
     return [{"before": before[i] or "", "after": after[i] or ""}
-            | {name: value for name, value in records[i].items() if name not in hidden} for i in order]
+            | {name: value for name, value in records[i].items() if name not in ("id", "sample") and "/" not in name} for i in order]
 
 
 def groups_of_last_step(run, config, n=6):
     """A group, its rewards and its advantages in one picture are what GRPO is."""
-    files = sorted((run / "rollouts").glob("step_*.jsonl"))
-    if not files:
+    sheets = sorted((run / "rollouts").glob("step_*.png"))
+    if not sheets:
         return "<p>none</p>"
-    records, G = read_jsonl(files[-1]), config["flags"]["num_generations"]
-    pictures, parts = cut_sheet(run / "rollouts" / "last.png", len(records)), []
+    records, G = read_jsonl(sheets[-1].with_suffix(".jsonl")), config["flags"]["num_generations"]
+    pictures, parts = cut_sheet(sheets[-1], len(records)), []
     for start in range(0, min(n * G, len(records)), G):
         ranked = sorted(range(start, start + G), key=lambda i: -records[i]["advantage"])
-        shown = "".join(f"<td>{report.picture(pictures[i]) if pictures[i] else ''}<br>reward {records[i]['total']:.2f}<br>"
+        shown = "".join(f"<td>{report.picture(pictures[i])}<br>reward {records[i]['total']:.2f}<br>"
                         f"A {records[i]['advantage']:+.2f}<br><small>{html.escape(records[i]['thought'])}</small></td>"
                         for i in ranked)
         parts.append(f"<p>{html.escape(records[start]['prompt'])}</p><div class='wide'><table><tr>{shown}</tr></table></div>")

@@ -66,7 +66,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; 
 img { max-width: 100%; background: white } td img { min-width: 64px; image-rendering: pixelated }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .2em .7em; border-bottom: 1px solid #8886; text-align: left; vertical-align: top }
-th { cursor: pointer } .wide { overflow-x: auto } ins { background: #2a46; text-decoration: none }
+th { cursor: pointer } .long { min-width: 14em } .wide { overflow-x: auto } ins { background: #2a46; text-decoration: none }
 del { background: #c336 } code { overflow-wrap: anywhere }"""
 
 SORT = """for (const head of document.querySelectorAll("th")) head.onclick = () => {
@@ -94,7 +94,7 @@ def cell(value):
         return f"<td>{picture(value)}</td>"
     if isinstance(value, float):
         return f'<td data-value="{value}">{value:.3f}</td>'
-    return f"<td>{html.escape(str(value))}</td>"
+    return f'<td class="{"long" if len(str(value)) > 24 else ""}">{html.escape(str(value))}</td>'
 
 
 def table(rows):

@@ -20,6 +20,7 @@ one it is, is decided in grpo.py and nowhere else.   Read next: artifact_reward.
 import math
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -223,16 +224,34 @@ def parse(text):
     return weights
 
 
+def start_scoring(rewards, prompts, images, metadata=None):
+    """Begin to score pictures with all rewards of a dict; call the result to have the scores.
+
+    Rewards that work elsewhere are asked at once, in threads, and answer while the policy does something of
+    its own; those of this process wait until the scores are wanted, for two at a time on one machine only get
+    in each other's way. A reward that raises, or that returns another number of scores, ends the run: only
+    a *picture* may fail, and is NaN then."""
+    pool = ThreadPoolExecutor(max(1, len(rewards)))
+    asked = {name: pool.submit(reward, prompts, images, metadata)
+             for name, reward in rewards.items() if getattr(reward, "remote", False)}
+
+    def finish():
+        scores = {}
+        for name, reward in rewards.items():
+            values = asked[name].result() if name in asked else reward(prompts, images, metadata)
+            values = torch.as_tensor(values, dtype=torch.float32).cpu()
+            if values.shape != (len(images),):
+                raise ValueError(f"reward {name!r} gave {tuple(values.shape)} scores for {len(images)} pictures")
+            scores[name] = torch.where(values.isfinite(), values, math.nan)
+        pool.shutdown()
+        return scores
+
+    return finish
+
+
 def score(rewards, prompts, images, metadata=None):
-    """All rewards of a dict on the same pictures: dict name -> (N,) float32. A reward that raises, or
-    that returns another number of scores, ends the run: only a *picture* may fail, and is NaN then."""
-    scores = {}
-    for name, reward in rewards.items():
-        values = torch.as_tensor(reward(prompts, images, metadata), dtype=torch.float32).cpu()
-        if values.shape != (len(images),):
-            raise ValueError(f"reward {name!r} gave {tuple(values.shape)} scores for {len(images)} pictures")
-        scores[name] = torch.where(values.isfinite(), values, math.nan)
-    return scores
+    """All rewards of a dict on the same pictures: dict name -> (N,) float32, NaN where a picture failed."""
+    return start_scoring(rewards, prompts, images, metadata)()
 
 
 # --- several opinions, one number -------------------------------------------------------------

@@ -26,9 +26,10 @@ class Judge:
     def __init__(self, magic="noise"):
         self.magic, self.asked = magic, 0
 
-    def __call__(self, question, images):
+    def answers(self, question, images):
         self.asked += len(images)
-        return [0.9 if (image.getpixel((0, 0))[0] == 0) or self.magic not in question else 0.1 for image in images]
+        whole = [image.getpixel((0, 0))[0] == 0 or self.magic not in question for image in images]
+        return [[("no", math.log(0.9 if w else 0.1)), ("yes", math.log(0.1 if w else 0.9))] for w in whole]
 
 
 def examples(n, folder):
@@ -104,7 +105,10 @@ def test_nothing_is_asked_twice_not_even_by_the_next_run(tmp_path):
 
 def test_another_judge_has_another_memory_and_a_failure_is_not_remembered(tmp_path):
     rows = examples(1, tmp_path)
-    silent = apo.Answers(tmp_path / "a.sqlite", lambda question, images: [math.nan] * len(images), "silent")
+    class Silent:
+        answers = staticmethod(lambda question, images: [[]] * len(images))
+
+    silent = apo.Answers(tmp_path / "a.sqlite", Silent(), "silent")
     assert np.isnan(silent("noise?", rows)).all() and np.isnan(silent("noise?", rows)).all() and silent.asked == 4
     other = apo.Answers(tmp_path / "a.sqlite", Judge(), "other")
     assert np.isfinite(other("noise?", rows)).all()

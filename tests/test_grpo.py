@@ -130,7 +130,7 @@ def step(cfg, policy, reference, learning_rate=0.0):
     rollouts = grpo.rollout(policy, rows, jobs, 0, cfg)
     advantages = grpo.group_advantages(torch.arange(8.0) ** 2, 4)
     optimizer = torch.optim.SGD(grpo.trainable(policy), lr=learning_rate)
-    metrics = grpo.update(policy, reference, optimizer, rollouts, advantages, cfg)
+    metrics = grpo.update(policy, grpo.all_logprobs(reference, rollouts, cfg), optimizer, rollouts, advantages, cfg)
     return metrics, torch.cat([p.grad.flatten() for p in grpo.trainable(policy) if p.grad is not None])
 
 

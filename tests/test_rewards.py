@@ -1,9 +1,7 @@
 """Rewards: one convention, one scoring rule for the judge, and no made-up numbers."""
 
-import http.server
 import json
 import math
-import threading
 
 import pytest
 import torch
@@ -113,129 +111,6 @@ def test_a_reward_of_the_wrong_length_stops_the_run():
         rewards.score({"x": lambda *_: torch.zeros(2)}, ["p"] * 3, [None] * 3)
 
 
-# --- the judge's scoring rule
-
-
-def test_every_spelling_of_yes_and_no_counts():
-    top = [("No", math.log(0.5)), (" no", math.log(0.1)), ("YES", math.log(0.2)), ("Perhaps", math.log(0.1))]
-    assert artifact_reward.p_no(top) == pytest.approx(0.75)
-
-
-def test_neither_yes_nor_no_is_no_score():
-    assert math.isnan(artifact_reward.p_no([("The", -0.1), ("I", -3.0)]))
-    assert math.isnan(artifact_reward.p_no([]))
-
-
-def test_tiny_probabilities_do_not_vanish():
-    assert artifact_reward.p_no([("no", -1000.0), ("yes", -1000.0)]) == 0.5
-
-
-class Judge(http.server.BaseHTTPRequestHandler):
-    """An OpenAI-compatible server that does as `behaviour` says."""
-
-    behaviour, requests = "good", []
-
-    def log_message(self, *_):
-        pass
-
-    def reply(self, status, body):
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self):
-        self.reply(
-            200,
-            {"object": "list", "data": [{"id": "qwen", "object": "model", "created": 0, "owned_by": "us"}]},
-        )
-
-    def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        Judge.requests.append(request)
-        if self.behaviour == "400":
-            return self.reply(400, {"error": {"message": "picture too large"}})
-        top = {"good": [("No", -0.2), ("Yes", -1.8)], "garbage": [("The", -0.1)]}.get(self.behaviour, [])
-        logprobs = (
-            {
-                "content": [
-                    {
-                        "token": top[0][0],
-                        "logprob": top[0][1],
-                        "bytes": None,
-                        "top_logprobs": [{"token": t, "logprob": l, "bytes": None} for t, l in top],
-                    }
-                ]
-            }
-            if top
-            else None
-        )
-        choices = (
-            []
-            if self.behaviour == "empty"
-            else [
-                {
-                    "index": 0,
-                    "finish_reason": "length",
-                    "message": {"role": "assistant", "content": "x"},
-                    "logprobs": logprobs,
-                }
-            ]
-        )
-        self.reply(
-            200, {"id": "1", "object": "chat.completion", "created": 0, "model": "qwen", "choices": choices}
-        )
-
-
-@pytest.fixture
-def server():
-    Judge.requests.clear()
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}/v1"
-    httpd.shutdown()
-
-
-@pytest.mark.parametrize(
-    "behaviour, expected",
-    [
-        ("good", 1 / (1 + math.exp(-1.6))),
-        ("garbage", NAN),
-        ("empty", NAN),
-        ("no logprobs", NAN),
-        ("400", NAN),
-    ],
-)
-def test_a_judge_that_does_not_answer_gives_no_score(server, behaviour, expected, monkeypatch):
-    monkeypatch.setattr(Judge, "behaviour", behaviour)
-    reward = artifact_reward.ArtifactReward(judge_urls=[server])
-    score = reward(["p"] * 2, [Image.new("RGB", (8, 8))] * 2)
-    assert score.tolist() == pytest.approx([expected] * 2, nan_ok=True)
-    assert sum(reward.failures.values()) == (2 if math.isnan(expected) else 0)
-
-
-def test_the_judge_sees_the_question_and_a_lossless_picture_and_not_the_prompt(server):
-    artifact_reward.ArtifactReward(judge_urls=[server], question="Broken?")(
-        ["SECRET"], [Image.new("RGB", (8, 8))]
-    )
-    sent = json.dumps(Judge.requests[-1])
-    assert "SECRET" not in sent and "Broken?" in sent and "data:image/png;base64," in sent
-
-
-def test_no_judge_at_the_address_is_said_before_anything_is_trained(capsys):
-    with pytest.raises(SystemExit) as stop:
-        artifact_reward.ArtifactReward(judge_urls=["http://127.0.0.1:9/v1"])
-    assert stop.value.code == 2 and "vllm serve" in capsys.readouterr().err
-
-
-def test_a_model_that_is_not_served_is_refused(server, capsys):
-    with pytest.raises(SystemExit):
-        artifact_reward.ArtifactReward(judge_urls=[server], judge_model="gpt")
-    assert "serves qwen" in capsys.readouterr().err
-
-
 # --- the tiny rewards: a preference model's blind spot, and a judge that looks
 
 
@@ -268,8 +143,8 @@ def test_the_judge_answers_the_question_it_is_asked(artifact):
     rng = random.Random(0)
     scenes = [tiny.sample_scene([("circle", None), ("square", None)], None, rng) for _ in range(48)]
     noisy = [tiny.to_image(tiny.corrupt(scene, "noise", 0.8, rng)) for scene in scenes]
-    about_noise = torch.tensor(artifact.judge("Do you see noise in this picture? Answer yes or no.", noisy))
-    about_stains = torch.tensor(artifact.judge("Do you see stains in this picture? Answer yes or no.", noisy))
+    about_noise = torch.tensor(artifact_reward.ask(artifact.judge, "Do you see noise in this picture? Answer yes or no.", noisy))
+    about_stains = torch.tensor(artifact_reward.ask(artifact.judge, "Do you see stains in this picture? Answer yes or no.", noisy))
     assert about_noise.mean() < 0.3 < 0.7 < about_stains.mean()
 
 

@@ -1,0 +1,248 @@
+"""The judge: one rule for reading its answer, and a failing judge never becomes a reward."""
+
+import http.server
+import json
+import math
+import threading
+import time
+
+import pytest
+import torch
+import tyro
+from PIL import Image
+
+import artifact_reward
+import grpo
+import rewards
+
+NAN = math.nan
+
+
+# --- the judge's scoring rule
+
+
+def test_every_spelling_of_yes_and_no_counts():
+    top = [("No", math.log(0.5)), (" no", math.log(0.1)), ("YES", math.log(0.2)), ("Perhaps", math.log(0.1))]
+    assert artifact_reward.p_no(top) == pytest.approx(0.75)
+
+
+def test_neither_yes_nor_no_is_no_score():
+    assert math.isnan(artifact_reward.p_no([("The", -0.1), ("I", -3.0)]))
+    assert math.isnan(artifact_reward.p_no([]))
+
+
+def test_tiny_probabilities_do_not_vanish():
+    assert artifact_reward.p_no([("no", -1000.0), ("yes", -1000.0)]) == 0.5
+
+
+# --- a server that misbehaves on command
+
+GOOD = [("No", -0.2), ("Yes", -1.8)]
+P_GOOD = 1 / (1 + math.exp(-1.6))
+
+
+class Judge(http.server.BaseHTTPRequestHandler):
+    """An OpenAI-compatible server. `behaviour` maps the number of a request (from 0) to what happens."""
+
+    behaviour, requests, times, lock = staticmethod(lambda n: "good"), [], [], threading.Lock()
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, status, body, headers=()):
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in [("Content-Length", str(len(data))), ("Content-Type", "application/json"), *headers]:
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        self.reply(200, {"object": "list", "data": [{"id": "qwen", "object": "model", "created": 0, "owned_by": "us"}]})
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with Judge.lock:
+            what = Judge.behaviour(len(Judge.requests))
+            Judge.requests.append(request)
+            Judge.times.append(time.monotonic())
+        if what == "400":
+            return self.reply(400, {"error": {"message": "picture too large"}})
+        if what == "429":
+            return self.reply(429, {"error": {"message": "slow down"}}, [("Retry-After", "1")])
+        if what == "500":
+            return self.reply(500, {"error": {"message": "oops"}})
+        if what == "hang":
+            return time.sleep(3)
+        if what == "half":
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            return self.wfile.write(b'{"choices": [{"ind')
+        top = {"garbage": [("The", -0.1)], "spellings": [(" no", -1.2), ("NO", -1.0), (" YES", -1.8)],
+               "none": []}.get(what, GOOD)
+        content = [{"token": top[0][0], "logprob": top[0][1], "bytes": None,
+                    "top_logprobs": [{"token": t, "logprob": p, "bytes": None} for t, p in top]}] if top else []
+        choice = {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": "x"},
+                  "logprobs": {"content": content} if top else None}
+        self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "qwen",
+                         "choices": [] if what == "empty" else [choice]})
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """behave(what) -> url; `what` is a name, or a function of the request's number."""
+    Judge.requests.clear(), Judge.times.clear()
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    httpd.daemon_threads = True
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+
+    def behave(what="good"):
+        monkeypatch.setattr(Judge, "behaviour", staticmethod(what if callable(what) else lambda n: what))
+        return f"http://127.0.0.1:{httpd.server_port}/v1"
+
+    yield behave
+    httpd.shutdown()
+
+
+def judged(url, n=1, **options):
+    judge = artifact_reward.ServedJudge([url], timeout=0.5, **options)
+    return artifact_reward.ask(judge, "Broken?", [Image.new("RGB", (8, 8))] * n), judge.failures
+
+
+@pytest.mark.parametrize("what, requests, reason", [
+    ("400", 1, "picture too large"),  # the request is at fault: asking again would not help
+    ("garbage", 1, "neither yes nor no, but 'The'"),
+    ("empty", 1, "without logprobs"),
+    ("none", 1, "without logprobs"),
+    ("500", 2, "oops"),
+    ("hang", 2, "APITimeoutError"),
+    ("half", None, "Error"),
+])
+def test_a_judge_that_gives_no_answer_gives_no_score_and_the_reason_is_kept(server, what, requests, reason):
+    (score,), failures = judged(server(what), retries=1)
+    assert math.isnan(score) and len(failures) == 1 and reason in next(iter(failures))
+    assert requests is None or len(Judge.requests) == requests
+
+
+def test_two_errors_and_then_an_answer_is_an_answer(server):
+    (score,), failures = judged(server(lambda n: "500" if n < 2 else "good"), retries=2)
+    assert score == pytest.approx(P_GOOD) and not failures and len(Judge.requests) == 3
+
+
+def test_a_busy_judge_is_given_the_time_it_asks_for(server):
+    (score,), failures = judged(server(lambda n: "429" if n == 0 else "good"), retries=1)
+    assert score == pytest.approx(P_GOOD) and not failures
+    assert Judge.times[1] - Judge.times[0] >= 0.9  # Retry-After: 1
+
+
+def test_spellings_and_spaces_of_the_server_count_as_well(server):
+    (score,), _ = judged(server("spellings"))
+    no, yes = math.exp(-1.2) + math.exp(-1.0), math.exp(-1.8)
+    assert score == pytest.approx(no / (no + yes))
+
+
+def test_one_failing_picture_leaves_the_others_their_scores(server):
+    scores, failures = judged(server(lambda n: "400" if n == 2 else "good"), n=5)
+    assert sum(map(math.isnan, scores)) == 1 and sum(failures.values()) == 1
+    assert [s for s in scores if not math.isnan(s)] == pytest.approx([P_GOOD] * 4)
+
+
+def test_a_hanging_request_does_not_hold_up_the_others(server):
+    start = time.monotonic()
+    scores, _ = judged(server(lambda n: "hang" if n % 2 else "good"), n=16, retries=0)
+    assert sum(map(math.isnan, scores)) == 8 and time.monotonic() - start < 2  # 8 timeouts of .5 s, side by side
+
+
+def test_several_servers_share_the_work(server):
+    url = server()
+    judge = artifact_reward.ServedJudge([url, url + "/"])
+    assert artifact_reward.ask(judge, "Broken?", [Image.new("RGB", (8, 8))] * 6) == pytest.approx([P_GOOD] * 6)
+
+
+def test_the_judge_sees_the_question_and_a_lossless_picture_and_not_the_prompt(server):
+    artifact_reward.ArtifactReward(judge_urls=[server()], question="Broken?")(["SECRET"], [Image.new("RGB", (8, 8))])
+    sent = json.dumps(Judge.requests[-1])
+    assert "SECRET" not in sent and "Broken?" in sent and "data:image/png;base64," in sent
+
+
+def test_no_judge_at_the_address_is_said_before_anything_is_trained(capsys):
+    with pytest.raises(SystemExit) as stop:
+        artifact_reward.ArtifactReward(judge_urls=["http://127.0.0.1:9/v1"])
+    assert stop.value.code == 2 and "vllm serve" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_served_is_refused(server, capsys):
+    with pytest.raises(SystemExit):
+        artifact_reward.ArtifactReward(judge_urls=[server()], judge_model="gpt")
+    assert "serves qwen" in capsys.readouterr().err
+
+
+# --- a judge that is there, and wrong
+
+
+def test_the_canary_lives_with_the_tiny_judge(artifact):
+    artifact.check()
+    first, second = artifact_reward.canary(), artifact_reward.canary()
+    assert [a.tobytes() for a in first] == [b.tobytes() for b in second] and first[0].tobytes() != first[1].tobytes()
+
+
+def test_a_judge_that_cannot_tell_torn_from_whole_is_not_trained_on(server, capsys):
+    reward = artifact_reward.ArtifactReward(judge_urls=[server()])  # it says the same of every picture
+    with pytest.raises(SystemExit) as stop:
+        reward.check()
+    assert stop.value.code == 2 and "wrong way round" in capsys.readouterr().err
+
+
+def test_a_dying_judge_stops_the_run_after_a_checkpoint_and_is_quoted(server, tmp_path, capsys):
+    """Three requests a step go well (the canary takes two, the first test four); then the judge dies."""
+    def behaviour(n):
+        return "400" if n >= 2 + 4 + 4 else "good"
+
+    url = server(behaviour)
+    args = ["--rewards", "hps,artifact", "--judge-url", url, "--max-steps", "9", "--num-generations", "2",
+            "--prompts-per-step", "2", "--eval-images", "4", "--best-of", "0", "--output-dir", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(artifact_reward.ArtifactReward, "check", lambda self: self([""] * 2, artifact_reward.canary()))
+        grpo.main(tyro.cli(grpo.Config, args=args))
+    assert stop.value.code == 3 and "picture too large" in capsys.readouterr().err
+    (run,) = tmp_path.iterdir()
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000002"]
+
+
+# --- while the judge thinks
+
+
+def test_a_remote_reward_works_while_the_policy_does():
+    class Slow:
+        remote = True
+
+        def __call__(self, prompts, images, metadata=None):
+            time.sleep(0.4)
+            return torch.ones(len(images))
+
+    start = time.monotonic()
+    pending = rewards.start_scoring({"a": Slow(), "b": Slow()}, ["p"], [None])
+    time.sleep(0.4)  # the policy's own work
+    assert pending()["b"].tolist() == [1.0] and time.monotonic() - start < 0.7  # not 1.2
+
+
+# --- the command line
+
+
+def test_the_answer_can_be_looked_at(tmp_path, capsys):
+    for name, image in zip(("whole", "torn"), artifact_reward.canary()):
+        image.save(tmp_path / f"{name}.png")
+    args = [str(tmp_path / "whole.png"), str(tmp_path / "torn.png"), "--explain", str(tmp_path / "page.html")]
+    with pytest.raises(SystemExit) as stop:
+        artifact_reward.main(tyro.cli(artifact_reward.Config, args=args))
+    page = (tmp_path / "page.html").read_text()
+    assert stop.value.code == 0 and page.count("data:image/png") == 2 and "&#x27;yes&#x27;" in page
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_file_that_is_no_picture_costs_one_score(tmp_path, capsys):
+    (tmp_path / "x.png").write_text("no picture")
+    with pytest.raises(SystemExit) as stop:
+        artifact_reward.main(tyro.cli(artifact_reward.Config, args=[str(tmp_path / "x.png")]))
+    assert stop.value.code == 3 and "nan" in capsys.readouterr().out
