@@ -37,12 +37,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import openai
 import tyro
 from PIL import Image
 
 import report
-from artifact_reward import DEFAULT_URL, ArtifactReward, ask, picture_part, read_question
+from artifact_reward import ArtifactReward, ServedJudge, ask, picture_part, read_question
 from files import HERE, atomic, json_line, read_jsonl, usage_error
 from generate import pick_device
 
@@ -207,26 +206,18 @@ def with_intervals(p_broken, examples):
 class Writer:
     """A language model behind an OpenAI-compatible server, as in the paper; by default the judge itself."""
 
-    def __init__(self, url, model, answers, timeout=120.0, retries=4):
-        self.client = openai.OpenAI(base_url=url, api_key="EMPTY", timeout=timeout, max_retries=retries)
-        self.model, self.answers = model or self.client.models.list().data[0].id, answers
+    def __init__(self, served, answers):
+        self.served, self.answers = served, answers
 
     def write(self, text, mistakes, rng):
         """What the model says to this text and these pictures; remembered like the judge's answers. The seed
-        makes the second reason for the same mistakes another one."""
+        makes the second reason for the same mistakes another one. A failure is an empty text: refused, counted."""
         content = [{"type": "text", "text": text}]
         content += [picture_part(Image.open(example["path"])) for example, _ in mistakes]
         seed = rng.randrange(2**31)
-        key = hashlib.sha256(json.dumps([self.model, seed, content]).encode()).hexdigest()
-        said = self.answers.recall(key)
-        if said is None:
-            try:
-                reply = self.client.chat.completions.create(
-                    model=self.model, messages=[{"role": "user", "content": content}],
-                    temperature=0.7, max_tokens=512, seed=seed)
-                said = (reply.choices[0].message.content if reply.choices else None) or ""
-            except (openai.OpenAIError, ValueError):  # an empty text is refused later, and counted
-                return ""
+        key = hashlib.sha256(json.dumps([self.served.model, seed, content]).encode()).hexdigest()
+        said = self.answers.recall(key) or self.served.write(content, temperature=0.7, seed=seed)
+        if said:
             self.answers.remember(key, said)
         return said.strip().strip('"').strip()
 
@@ -431,13 +422,18 @@ def main(cfg):
     scripted = cfg.checkpoint == "tiny" and not (cfg.judge_url or cfg.writer_url)
     if scripted:
         print("the tiny world has no model that writes: a scripted editor proposes the changes")
+    elif cfg.writer_url:
+        writer = ServedJudge([cfg.writer_url], cfg.writer_model)
+    elif isinstance(judge, ServedJudge):
+        writer = judge  # as in the paper: the model that answers also thinks about the question
+    else:
+        usage_error("a judge in this process answers yes or no, it does not write: give --writer-url as well")
     results = []
     for seed in cfg.seeds:
         for how in cfg.select:
             print(f"{how}, seed {seed}")
             answers = Answers(out / "answers.sqlite", judge, name)
-            editor = ScriptedEditor() if scripted else Writer(
-                cfg.writer_url or (cfg.judge_url or (DEFAULT_URL,))[0], cfg.writer_model, answers)
+            editor = ScriptedEditor() if scripted else Writer(writer, answers)
             best, tree, rounds, refused = optimize(first, data, answers, editor, how, seed, cfg)
             calls, asked = len(answers.used), answers.asked
             tested = {q: answers(q, data["test"]) for q in (first, best)}  # the one time that test is opened

@@ -137,7 +137,7 @@ class ServedJudge:
         self.clients = [
             openai.OpenAI(base_url=url, api_key="EMPTY", timeout=timeout, max_retries=retries) for url in urls
         ]
-        self.failures = collections.Counter()
+        self.failures, self.turn = collections.Counter(), itertools.cycle(self.clients)
         self.pool = ThreadPoolExecutor(concurrency)  # threads, not processes: the work is waiting
         self.model = model
         for url, client in zip(urls, self.clients):
@@ -159,6 +159,17 @@ class ServedJudge:
     def answers(self, question, images):
         """As LocalJudge.answers; an empty list where the server gave none, the reason in `failures`."""
         return list(self.pool.map(self.ask, itertools.cycle(self.clients), itertools.repeat(question), images))
+
+    def write(self, content, max_tokens=512, temperature=0.0, seed=0):
+        """What the served model writes to these parts of a message; "" where it fails, the reason in `failures`."""
+        try:
+            reply = next(self.turn).chat.completions.create(
+                model=self.model, messages=[{"role": "user", "content": content}],
+                max_tokens=max_tokens, temperature=temperature, seed=seed)
+        except (openai.OpenAIError, ValueError) as problem:
+            self.failures[f"{type(problem).__name__}: {str(problem)[:200]}"] += 1
+            return ""
+        return (reply.choices[0].message.content if reply.choices else None) or ""
 
     def ask(self, client, question, image):
         # The question comes first: then it is the same prefix for all pictures, and is cached.

@@ -29,7 +29,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from PIL import Image
@@ -40,6 +40,8 @@ import hacking
 import layouts
 import report
 import rewards as reward_models
+import wise
+from artifact_reward import DEFAULT_URL, ServedJudge
 from files import atomic, json_line, read_jsonl, usage_error
 from generate import pick_device
 
@@ -55,6 +57,7 @@ class Config:
     images: str = ""  # a folder of pictures, in any layout of layouts.py
     prompts: str = ""  # their prompts, a file of any format
     rewards: str = "hps,artifact"  # what to score pictures and pairs with
+    wise: Literal["", "legacy", "verified"] = ""  # judge the pictures by this protocol of WISE instead
     pairs: str = ""  # a folder of pairs with test.jsonl, such as tiny/pairs
     compare: tuple[str, str] | None = None  # two run folders, or two score files of --images
     summarize: str = ""  # a result file of an official scorer
@@ -132,6 +135,29 @@ def score_table(records, names, tags=False):
     return rows
 
 
+def summary(path):
+    """An official result file as a table, beside the published rows."""
+    benchmark, columns, failed = layouts.summarize(path)
+    rows = [{"model": Path(path).name, **columns}]
+    rows += [{"model": f"{name} (published)", **{c: scores.get(c, math.nan) for c in columns}}
+             for name, scores in layouts.REFERENCES.get(benchmark, {}).items()]
+    print(benchmark)
+    print("\n".join(report.markdown(rows)))
+    if failed:
+        print(f"{len(failed)} without a score, in no mean: {', '.join(map(str, failed[:20]))}", file=sys.stderr)
+    return failed
+
+
+def evaluate_wise(cfg, matched):
+    judge = ServedJudge(cfg.judge_url or (DEFAULT_URL,))
+    output = Path(cfg.output or f"{Path(cfg.images)}-wise-{cfg.wise}_scores_results.jsonl")
+    with atomic(output) as file:
+        file.writelines(map(json_line, wise.judge_folder(judge, cfg.wise, matched, open_picture)))
+    failed = summary(output)
+    print(f"judged by {judge.model}, in our wording; a line a prompt: {output}")
+    sys.exit(3 if failed else 0)
+
+
 def evaluate_folder(cfg):
     rows = files.load_prompts(cfg.prompts)
     layout, matched, missing, extra = layouts.find_images(cfg.images, rows)
@@ -139,6 +165,8 @@ def evaluate_folder(cfg):
           f"{len(missing)} prompts without a picture, {len(extra)} pictures of no prompt")
     if missing and cfg.strict:
         usage_error(f"--strict: {len(missing)} prompts have no picture, such as {missing[0]['id']!r}")
+    if cfg.wise:
+        return evaluate_wise(cfg, matched)
     output = Path(cfg.output or f"{Path(cfg.images)}-scores-{cfg.model}.jsonl")
     known, scorers = read_jsonl(output) if output.is_file() else [], load_rewards(cfg)
 
@@ -235,18 +263,6 @@ def compare(a, b, output):
     return table
 
 
-def summary(path):
-    """An official result file as a table, beside the published rows."""
-    benchmark, columns, failed = layouts.summarize(path)
-    rows = [{"model": Path(path).name, **columns}]
-    rows += [{"model": f"{name} (published)", **{c: scores.get(c, math.nan) for c in columns}}
-             for name, scores in layouts.REFERENCES.get(benchmark, {}).items()]
-    print(benchmark)
-    print("\n".join(report.markdown(rows)))
-    if failed:
-        print(f"{len(failed)} without a score, in no mean: {', '.join(map(str, failed[:20]))}", file=sys.stderr)
-
-
 def main(cfg):
     if bool(cfg.images) != bool(cfg.prompts):
         usage_error("--images and --prompts go together: pictures, and what they were to show")
@@ -255,7 +271,7 @@ def main(cfg):
     if cfg.pairs:
         return print("\n".join(report.markdown(pair_table(load_rewards(cfg), cfg.pairs))))
     if cfg.summarize:
-        return summary(cfg.summarize)
+        sys.exit(3 if summary(cfg.summarize) else 0)
     if cfg.compare:
         output = Path(cfg.output or "compare.html")
         print("\n".join(report.markdown(compare(*cfg.compare, output))))

@@ -213,6 +213,8 @@ def summarize(path):
 def wise_table(rows):
     """WISE's columns. Legacy: (.7 consistency + .2 realism + .1 aesthetics) / 2, each 0, 1 or 2. Verified: 0
     or 1. What is outside that range (the official scorer writes 999) had no score: listed, in no mean."""
+    if len({"score" in row for row in rows}) > 1:
+        usage_error("scores of WISE's two protocols in one file: they are not comparable, score with one of them")
     protocol = "WISE verified" if "score" in rows[0] else "WISE legacy"
     scores, failed = {}, []
     for row in rows:

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ import hacking
 import layouts
 import report
 import rewards
+import wise
 
 ROOT = evaluate.files.HERE
 TEXTS = ["a red circle", "two blue stars", "a cross above a square"]
@@ -178,8 +180,42 @@ def test_dpg_and_compbench_results_are_read(tmp_path, capsys):
     assert layouts.summarize(tmp_path / "dpg.txt")[1] == {"Entity": 88.0, "Global": 90.5, "overall": 82.5}
     (tmp_path / "vqa_result.json").write_text('[{"question_id": 0, "answer": "0.5"}, {"question_id": 1, "answer": "1.0"}]')
     assert layouts.summarize(tmp_path / "vqa_result.json")[1] == {"overall": 0.75}
-    run("--summarize", tmp_path / "dpg.txt")
+    with pytest.raises(SystemExit) as stop:
+        run("--summarize", tmp_path / "dpg.txt")
+    assert stop.value.code == 0
     assert "Janus-Pro-7B (published)" in capsys.readouterr().out
+
+
+class Oracle:
+    """Answers by script: the number of each call -> text. Stands in for a served model."""
+
+    def __init__(self, texts):
+        self.texts, self.pool, self.model = list(texts), ThreadPoolExecutor(1), "oracle"
+
+    def write(self, content, seed=0):
+        return self.texts.pop(0)
+
+
+def wise_records(texts, protocol, tmp_path):
+    picture().save(tmp_path / "1.png")
+    rows = [({"id": str(i), "prompt": "p", "Explanation": "e", "tag": "t"}, 0, tmp_path / "1.png") for i in (1, 2)]
+    return wise.judge_folder(Oracle(texts), protocol, rows, evaluate.open_picture)
+
+
+def test_an_answer_that_cannot_be_read_is_asked_for_again_and_then_given_up(tmp_path):
+    got = wise_records(["no idea", "Score: 1", "?", "Score: 7", "refused"], "verified", tmp_path)
+    assert got[0]["score"] == 1 and math.isnan(got[1]["score"]) and got[1]["evaluation"] == "refused"
+    path = tmp_path / "x_scores_results.jsonl"
+    path.write_text("".join(map(files.json_line, got)))
+    benchmark, columns, failed = layouts.summarize(path)
+    assert benchmark == "WISE verified" and columns["Cultural"] == 1 and failed == [2]
+
+
+def test_the_two_protocols_of_wise_are_never_mixed(tmp_path):
+    legacy = wise_records(["Consistency: 2\nRealism: 1\nAesthetic Quality: 1"] * 2, "legacy", tmp_path)
+    assert layouts.wise_table(legacy)[0] == "WISE legacy" and layouts.wise_table(legacy)[1]["Cultural"] == pytest.approx(0.85)
+    with pytest.raises(SystemExit):
+        layouts.wise_table(legacy + [{"prompt_id": 3, "score": 1}])
 
 
 # --- scores
