@@ -56,9 +56,9 @@ class Config:
 
     num_generations: int = 8  # G, rollouts of a prompt: the group
     prompts_per_step: int = 16  # P, over all processes
-    max_steps: int | None = None  # steps of training [tiny: 50; else 1600]
-    learning_rate: float | None = None  # of AdamW, falling linearly to 0 [tiny: 7e-5; else 1e-6, as T2I-R1]
-    beta: float = 0.01  # weight of the KL penalty to the reference policy
+    max_steps: int | None = None  # steps of training [tiny: 100; else 1600]
+    learning_rate: float | None = None  # of AdamW, falling linearly to 0 [tiny: 1e-4; else 1e-6, as T2I-R1]
+    beta: float | None = None  # weight of the KL penalty to the reference policy [tiny: .02; else .01, as T2I-R1]
     epsilon: float = 0.2  # clip range below 1
     epsilon_high: float = 0.2  # clip range above 1; DAPO takes .28
     updates_per_rollout: int = 1  # optimizer steps on the same rollouts; 1: rho is 1, and nothing is clipped
@@ -96,9 +96,9 @@ class Config:
 # What "[tiny: ...; else ...]" above stands for.
 PRESETS = {
     "tiny": dict(eval_rewards="gold,gold-clean,gold-aligned", prompts=str(HERE / "tiny/prompts/train.jsonl"),
-                 test_prompts=str(HERE / "tiny/prompts/test.jsonl"), max_steps=50, learning_rate=7e-5),
+                 test_prompts=str(HERE / "tiny/prompts/test.jsonl"), max_steps=100, learning_rate=1e-4, beta=0.02),
     "real": dict(eval_rewards="", prompts=str(HERE / "prompts/train.jsonl"),
-                 test_prompts=str(HERE / "prompts/test.jsonl"), max_steps=1600, learning_rate=1e-6),
+                 test_prompts=str(HERE / "prompts/test.jsonl"), max_steps=1600, learning_rate=1e-6, beta=0.01),
 }
 
 
