@@ -73,8 +73,8 @@ class Config:
 def load_rewards(cfg):
     checkpoint = "tiny" if cfg.model == "tiny" else None
     options = {"artifact": dict(judge_urls=cfg.judge_url)}
-    return {name: reward_models.load(name, pick_device("auto")[0], checkpoint, **options.get(name, {}))
-            for name in reward_models.parse(cfg.rewards)}
+    return {name: reward_models.load(name, pick_device("auto")[0], checkpoint, url, **options.get(name, {}))
+            for name, _, url in reward_models.parse_all(cfg.rewards)}
 
 
 def open_picture(path):

@@ -158,7 +158,7 @@ def checkpoints(run):
 def run_folder(cfg):
     """(run folder, checkpoint to go on from or None). A name that is taken gets a number: nothing is overwritten."""
     root = Path(cfg.output_dir)
-    trained = cfg.rewards.replace(",", "+").replace(":", "=")
+    trained = re.sub("@https?://[^,:]+:[0-9]+", "", cfg.rewards).replace(",", "+").replace(":", "=")
     name = cfg.run_name or f"{Path(cfg.model).name}_{trained}_seed{cfg.seed}"
     if Path(name).name != name:
         usage_error(f"--run-name {name}: a name, not a path; the folder is made in --output-dir {root}")

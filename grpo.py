@@ -416,8 +416,9 @@ def main(cfg):
 def load_rewards(names, cfg, device):
     checkpoint = "tiny" if cfg.model == "tiny" else None
     judge = {"artifact": dict(judge_urls=cfg.judge_url, judge_model=cfg.judge_model, question=cfg.question)}
-    loaded = {name: reward_models.load(name, device, checkpoint, **judge.get(name, {})) for name in names}
-    if "artifact" in loaded:
+    where = reward_models.addresses(cfg.rewards) | reward_models.addresses(cfg.eval_rewards)
+    loaded = {name: reward_models.load(name, device, checkpoint, where.get(name), **judge.get(name, {})) for name in names}
+    if isinstance(loaded.get("artifact"), reward_models.ArtifactReward):
         loaded["artifact"].check()
     return loaded
 

@@ -19,6 +19,7 @@ Read next: evaluate.py
 import html
 import json
 import math
+import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -48,7 +49,7 @@ def read_run(run):
 
 
 def names_in(config, flag):
-    return [part.split(":")[0].strip() for part in (config["flags"][flag] or "").split(",") if part.strip()]
+    return [re.split("[:@]", part)[0].strip() for part in (config["flags"][flag] or "").split(",") if part.strip()]
 
 
 # --- numbers ------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ choose between a clean picture and a broken one taught it nothing about breakage
 asked about nothing else. Several opinions become one number, or one verdict, in `combine`.
 
 Run:   python rewards.py --list
-       python rewards.py hps "a red star" outputs/00000/samples/*.png
+       python rewards.py score hps outputs/00000/samples/*.png --prompt "a red star"
+       python rewards.py serve hps --port 8100        then, elsewhere: --rewards hps@http://HOST:8100
 
 You should see:  a line per reward, with its range and what it needs; then a score per picture.
 
@@ -17,24 +18,33 @@ Left out: anything that trains. The same object serves as training reward and as
 one it is, is decided in grpo.py and nowhere else.   Read next: artifact_reward.py
 """
 
+import base64
+import io
+import json
 import math
 import re
 import sys
+import threading
+import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import requests
 import torch
 import tyro
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from artifact_reward import ArtifactReward
+import report
+from artifact_reward import ArtifactReward, picture_part
 from files import HERE, usage_error
 from generate import pick_device
 
-# --- HPS v2.1: what people prefer -------------------------------------------------------------
+# --- on a CLIP: what people prefer -------------------------------------------------------------
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -77,14 +87,68 @@ def from_open_clip(state):
     return out
 
 
-class HPS:
+class Clip:
+    """What all rewards on a CLIP share: two encoders into one space. Not a reward itself."""
+
+    needs = ("text",)
+
+    def prepare(self, model, base, device):
+        """model: a CLIPModel; base: folder or hub name of a CLIP with the right vocabulary."""
+        # float32 throughout: a group's scores differ by about .01, and bfloat16 has steps of .002 at .3.
+        self.model, self.device = model.float().eval().requires_grad_(False).to(device), device
+        self.tokenizer = CLIPTokenizer.from_pretrained(base)
+        self.size = model.config.vision_config.image_size
+        self.length = model.config.text_config.max_position_embeddings
+
+    def fit(self, image):
+        """CLIP's way to a square: the shorter side to the model's size, the middle cut out."""
+        scale = self.size / min(image.size)
+        image = image.resize([max(self.size, int(side * scale)) for side in image.size], Image.BICUBIC)
+        left, top = (int((side - self.size) / 2) for side in image.size)
+        return image.crop((left, top, left + self.size, top + self.size))
+
+    def pixels(self, image):
+        """(3, H, W), normalised. Pillow's resampling, which smooths when shrinking (torchvision's old one,
+        on tensors, did not: scores of old code differ a little)."""
+        square = self.fit(image.convert("RGB"))
+        data = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(self.size, self.size, 3)
+        return ((data / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(2, 0, 1)
+
+    def embed_texts(self, prompts):
+        """(N, D), of length 1. A prompt that occurs many times, as in a group, is read once."""
+        unique = list(dict.fromkeys(prompts))
+        words = self.tokenizer(
+            unique, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        text = self.model.get_text_features(**words.to(self.device)).pooler_output
+        text = torch.nn.functional.normalize(text.float(), dim=-1)
+        return text[[unique.index(prompt) for prompt in prompts]]
+
+    def embed_images(self, pixels):
+        """(N, D), of length 1."""
+        picture = self.model.get_image_features(pixel_values=pixels.to(self.device)).pooler_output
+        return torch.nn.functional.normalize(picture.float(), dim=-1)
+
+    def score(self, picture, prompts):
+        """The cosine of each picture and its text."""
+        return (picture * self.embed_texts(list(prompts))).sum(-1)
+
+    @torch.inference_mode()
+    def __call__(self, prompts, images, metadata=None):
+        scores = []
+        for i in range(0, len(images), 64):
+            picture = self.embed_images(torch.stack([self.pixels(image) for image in images[i : i + 64]]))
+            scores.append(self.score(picture, prompts[i : i + 64]))
+        return torch.cat(scores).cpu()
+
+
+class HPS(Clip):
     """Human Preference Score v2.1 (arXiv:2306.09341): the cosine between CLIP's picture and text.
 
     Raw values, about 0.2 to 0.35 for the real model (people often report them times 100). Only
     comparable within one prompt, which is what a GRPO group is."""
 
     range = (-1.0, 1.0)
-    needs = ("text",)
     checkpoint = "xswu/HPSv2"
     reference = "HPSv2, arXiv:2306.09341"
 
@@ -93,49 +157,187 @@ class HPS:
         if folder.is_dir():
             weights, base = folder / "HPS_v2.1_compressed.pt", folder
         else:  # the weights come without configuration or vocabulary; CLIP ViT-H/14 has both
-            from huggingface_hub import hf_hub_download
+            weights, base = download(str(folder), "HPS_v2.1_compressed.pt"), CLIP_H
+        model = CLIPModel(CLIPConfig.from_pretrained(base))
+        model.load_state_dict(from_open_clip(torch.load(weights, weights_only=True)["state_dict"]))
+        self.prepare(model, base, device)
 
-            weights = hf_hub_download(str(folder), "HPS_v2.1_compressed.pt")
-            base = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-        config = CLIPConfig.from_pretrained(base)
-        self.device, self.size = device, config.vision_config.image_size
-        self.tokenizer = CLIPTokenizer.from_pretrained(base)
-        self.length = config.text_config.max_position_embeddings
-        # float32 throughout: a group's scores differ by about .01, and bfloat16 has steps of .002 at .3.
-        self.model = CLIPModel(config).eval().requires_grad_(False)
-        self.model.load_state_dict(from_open_clip(torch.load(weights, weights_only=True)["state_dict"]))
-        self.model.to(device)
-
-    def pixels(self, image):
-        """Longest side to the model's size, bicubic, centred on black, CLIP's mean and deviation (as
-        HPS; CLIP itself would crop to a square). Pillow's resampling, which smooths when shrinking."""
+    def fit(self, image):
+        """HPS does not crop: the longer side to the model's size, in the middle of a black square."""
         scale = self.size / max(image.size)
-        image = image.convert("RGB").resize(
-            [max(1, round(side * scale)) for side in image.size], Image.BICUBIC
-        )
-        canvas = Image.new("RGB", (self.size, self.size))
-        canvas.paste(image, ((self.size - image.width) // 2, (self.size - image.height) // 2))
-        data = torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(self.size, self.size, 3)
-        return ((data / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(2, 0, 1)
+        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.BICUBIC)
+        square = Image.new("RGB", (self.size, self.size))
+        square.paste(image, ((self.size - image.width) // 2, (self.size - image.height) // 2))
+        return square
 
-    def embed_texts(self, prompts):
-        words = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
-        )
-        text = self.model.get_text_features(**words.to(self.device)).pooler_output
-        return torch.nn.functional.normalize(text.float(), dim=-1)
 
-    def embed_images(self, pixels):
-        picture = self.model.get_image_features(pixel_values=pixels.to(self.device)).pooler_output
-        return torch.nn.functional.normalize(picture.float(), dim=-1)
+class PickScore(Clip):
+    """PickScore v1 (arXiv:2305.01569): CLIP's own score, temperature times cosine, after people's choices.
 
-    @torch.inference_mode()
+    About 18 to 24. (The code released with ArtifactReward leaves the temperature of 100 out; a plain sum
+    with other rewards then hears a hundredth of it.)"""
+
+    range = (0.0, 40.0)
+    checkpoint = "yuvalkirstain/PickScore_v1"
+    reference = "PickScore, arXiv:2305.01569"
+
+    def __init__(self, device="cpu", checkpoint=None):
+        folder = str(checkpoint or self.checkpoint)
+        self.prepare(CLIPModel.from_pretrained(folder), folder if Path(folder).is_dir() else CLIP_H, device)
+
+    def score(self, picture, prompts):
+        return self.model.logit_scale.exp() * super().score(picture, prompts)
+
+
+class Aesthetic(Clip):
+    """LAION's aesthetic predictor, the linear one: w . e + b on the picture's unit embedding by CLIP ViT-L/14.
+
+    About 4 to 7. It never sees the prompt: trained on alone, every prompt gets the same pretty picture."""
+
+    range = (1.0, 10.0)
+    needs = ()
+    checkpoint = "openai/clip-vit-large-patch14"
+    reference = "github.com/LAION-AI/aesthetic-predictor"
+    head = "sa_0_4_vit_l_14_linear.pth"
+
+    def __init__(self, device="cpu", checkpoint=None):
+        folder = Path(checkpoint or ".")
+        if not (folder / self.head).is_file():
+            usage_error(f"aesthetic: {folder / self.head} is missing; it is 4 kB: curl -LO "
+                        f"https://github.com/LAION-AI/aesthetic-predictor/raw/main/{self.head}")
+        base = str(folder) if (folder / "config.json").is_file() else self.checkpoint
+        self.prepare(CLIPModel.from_pretrained(base), base, device)
+        self.linear = torch.nn.Linear(self.model.config.projection_dim, 1).to(device).requires_grad_(False)
+        self.linear.load_state_dict(torch.load(folder / self.head, weights_only=True))
+
+    def score(self, picture, prompts):
+        return self.linear(picture)[:, 0]
+
+
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # configuration and vocabulary of HPS and PickScore
+
+
+def download(repository, name):
+    """A file of a model repository; without a network, one line that says what to do."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(repository, name)
+    except Exception as problem:  # many kinds: no network, no such file, no right to it
+        usage_error(f"{repository}/{name} cannot be had ({type(problem).__name__}); where there is a network: "
+                    f"hf download {repository} {name}")
+
+
+# --- no model at all ----------------------------------------------------------------------------
+
+
+class Jpeg:
+    """How small a picture gets: minus the kilobytes of its JPEG. DDPO's "compressibility" (arXiv:2305.13301);
+    what training on it does to pictures is hacking in its purest form, and seen in minutes."""
+
+    range = (-math.inf, 0.0)
+    needs = ()
+    checkpoint = None
+    reference = "DDPO, arXiv:2305.13301"
+
+    def __init__(self, device="cpu", checkpoint=None):
+        pass
+
     def __call__(self, prompts, images, metadata=None):
-        scores = []
+        sizes = []
+        for image in images:
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, "JPEG", quality=95)
+            sizes.append(-len(buffer.getvalue()) / 1000)
+        return torch.tensor(sizes)
+
+
+# --- rewards that live elsewhere ----------------------------------------------------------------
+
+
+class Elsewhere:
+    """The same contract over HTTP: `python rewards.py serve NAME --port P` there, NAME@http://HOST:P here. For
+    models that need another machine, or an environment of their own. One time-out, a few tries, then NaN."""
+
+    needs = ("network",)
+    checkpoint = None
+    remote = True
+
+    def __init__(self, name, url, timeout=60.0, tries=3):
+        self.url, self.timeout, self.tries, self.failures = url, timeout, tries, Counter()
+        try:
+            about = requests.get(f"{url}/about", timeout=10).json()
+        except (requests.RequestException, ValueError) as problem:
+            usage_error(f"no reward answers at {url} ({type(problem).__name__}); start it there with "
+                        f"`python rewards.py serve {name} --port {url.rpartition(':')[2]}`")
+        if about["name"] != name:
+            usage_error(f"{name}@{url}: {about['name']!r} is served there; name that, or another address")
+        self.range, self.reference = tuple(about["range"]), about["reference"]
+
+    def __call__(self, prompts, images, metadata=None):
+        scores, metadata = [], list(metadata or [{}] * len(images))
         for i in range(0, len(images), 64):
-            picture = self.embed_images(torch.stack([self.pixels(image) for image in images[i : i + 64]]))
-            scores.append((picture * self.embed_texts(list(prompts[i : i + 64]))).sum(-1))
-        return torch.cat(scores).cpu()
+            scores += self.ask(list(prompts[i : i + 64]), images[i : i + 64], metadata[i : i + 64])
+        return torch.tensor([math.nan if value is None else value for value in scores])
+
+    def ask(self, prompts, images, metadata):
+        body = {"prompts": prompts, "metadata": metadata,
+                "images": [picture_part(image)["image_url"]["url"] for image in images]}
+        for attempt in range(self.tries):
+            try:
+                reply = requests.post(f"{self.url}/score", json=body, timeout=self.timeout)
+                scores = reply.json()["scores"] if reply.ok else []
+                if len(scores) == len(images):
+                    return scores
+                problem = f"{reply.status_code}, {len(scores)} scores for {len(images)} pictures: {reply.text[:200]}"
+            except (requests.RequestException, ValueError, KeyError, TypeError) as raised:
+                problem = f"{type(raised).__name__}: {str(raised)[:200]}"
+            time.sleep(0.5 * 2**attempt)
+        self.failures[problem] += len(images)
+        return [math.nan] * len(images)
+
+
+class Served(BaseHTTPRequestHandler):
+    """The other end of Elsewhere. `reward` and `name` are set by `serve`."""
+
+    reward, name, lock, largest = None, "", threading.Lock(), 2**28
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, status, body):
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        bounds = [value if math.isfinite(value) else 1e9 * (1 if value > 0 else -1) for value in self.reward.range]
+        self.reply(200, {"name": self.name, "range": bounds, "reference": self.reward.reference})
+
+    def do_POST(self):
+        length = int(self.headers.get("Content-Length", 0))
+        if length > self.largest:
+            return self.reply(413, {"error": f"more than {self.largest} bytes; send fewer pictures"})
+        try:
+            asked = json.loads(self.rfile.read(length))
+            images = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
+                      for url in asked["images"]]
+            prompts, metadata = asked["prompts"], asked["metadata"]
+            if not len(prompts) == len(images) == len(metadata):
+                raise ValueError("prompts, images and metadata differ in number")
+        except (ValueError, KeyError, TypeError, OSError) as problem:
+            return self.reply(400, {"error": f"{type(problem).__name__}: {problem}"})
+        with self.lock:  # one model, one batch at a time
+            scores = score({self.name: self.reward}, prompts, images, metadata)[self.name].tolist()
+        self.reply(200, {"scores": [None if math.isnan(value) else value for value in scores]})
+
+
+def serve(name, reward, port, host="127.0.0.1"):
+    """A server for one reward; .serve_forever() runs it, .server_port is its port."""
+    handler = type("ServedReward", (Served,), {"reward": reward, "name": name})
+    return ThreadingHTTPServer((host, port), handler)
 
 
 # --- gold: the truth, where there is one ------------------------------------------------------
@@ -187,41 +389,59 @@ class GoldClean(Gold):
 
 REWARDS = {
     "hps": HPS,
+    "pickscore": PickScore,
+    "aesthetic": Aesthetic,
     "artifact": ArtifactReward,
+    "jpeg": Jpeg,
     "gold": Gold,
     "gold-aligned": GoldAligned,
     "gold-clean": GoldClean,
 }
 
 
-def load(name, device="cpu", checkpoint=None, **options):
-    """The reward of that name. checkpoint: None = the published one, "tiny" = ours, or a folder."""
+def load(name, device="cpu", checkpoint=None, url=None, **options):
+    """The reward of that name. checkpoint: None = the published one, "tiny" = ours, or a folder; with url,
+    the one that is served there."""
     if name not in REWARDS:
         usage_error(f"unknown reward {name!r}; known are {', '.join(REWARDS)}")
+    if url:
+        return Elsewhere(name, url)
     if checkpoint == "tiny":
         checkpoint = HERE / "tiny" / name
+        if REWARDS[name].checkpoint and not checkpoint.is_dir():
+            usage_error(f"{name} has no tiny checkpoint; take the published one (a --model other than tiny)")
     return REWARDS[name](device=device, checkpoint=checkpoint, **options)
 
 
 def parse(text):
     """ "hps:1,artifact:0.5" -> {"hps": 1.0, "artifact": 0.5}. Wrong input ends with exit code 2."""
-    weights = {}
+    return {name: weight for name, weight, _ in parse_all(text)}
+
+
+def addresses(text):
+    """ "hps@http://127.0.0.1:8100:0.5,artifact" -> {"hps": "http://127.0.0.1:8100"}: who lives elsewhere."""
+    return {name: url for name, _, url in parse_all(text) if url}
+
+
+def parse_all(text):
+    """(name, weight, address or None) of each part; name, name:weight, name@http://host:port[:weight]."""
+    found = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        name, _, weight = part.partition(":")
+        name, url, weight = re.fullmatch(r"([^:@]*)(?:@(https?://[^/:]+:\d+))?(?::(.*))?|.*", part).groups()
         try:
             value = float(weight or 1)
         except ValueError:
             value = math.nan
+        if name is None:
+            usage_error(f"--rewards {text}: {part!r} is none of name, name:weight, name@http://host:port:weight")
         if not math.isfinite(value):
-            usage_error(
-                f"--rewards {text}: {weight!r} is no number; write name:weight, as in hps:1,artifact:0.5"
-            )
+            usage_error(f"--rewards {text}: {weight!r} is no number; write name:weight, as in hps:1,artifact:0.5")
         if name not in REWARDS:
             usage_error(f"--rewards {text}: unknown reward {name!r}; known are {', '.join(REWARDS)}")
-        if name in weights:
+        if name in (known for known, *_ in found):
             usage_error(f"--rewards {text}: {name!r} is named twice; give it one weight")
-        weights[name] = value
-    return weights
+        found.append((name, value, url))
+    return found
 
 
 def start_scoring(rewards, prompts, images, metadata=None):
@@ -318,38 +538,43 @@ def update_multipliers(multipliers, scores, floors, rate=0.1):
 
 @dataclass
 class Config:
-    reward: Annotated[str, tyro.conf.Positional] = ""  # which reward
-    prompt: Annotated[str, tyro.conf.Positional] = ""  # what the pictures were to show
-    images: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # picture files
+    command: Annotated[Literal["", "score", "serve"], tyro.conf.Positional] = ""  # what to do
+    reward: Annotated[str, tyro.conf.Positional] = ""  # score, serve: which reward
+    images: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # score: picture files
     list: bool = False  # list all rewards
+    prompt: str = ""  # score: what the pictures were to show
     model: str = "tiny"  # "tiny" for our checkpoints, "real" for the published ones
+    checkpoint: str | None = None  # or a folder of your own
+    port: int = 8100  # serve: where to listen
+    host: str = "127.0.0.1"  # serve: 0.0.0.0 lets other machines in
 
 
 def main(cfg):
-    if cfg.list or not cfg.reward:
-        print(f"{'name':14} {'range':14} {'needs':16} {'checkpoint':30} reference")
-        for name, kind in REWARDS.items():
-            print(
-                f"{name:14} {str(kind.range):14} {', '.join(kind.needs) or '-':16} {kind.checkpoint or '-':30} {kind.reference}"
-            )
-        return
-    if not cfg.images:
-        usage_error('give pictures as well: python rewards.py hps "a red star" picture.png ...')
-    if cfg.reward not in REWARDS:
-        usage_error(f"unknown reward {cfg.reward!r}; known are {', '.join(REWARDS)}")
-    images, failed = [], 0
+    if cfg.list or not cfg.command:
+        rows = [{"name": name, "range": f"{kind.range[0]:g} to {kind.range[1]:g}", "needs": ", ".join(kind.needs) or "-",
+                 "checkpoint": kind.checkpoint or "-", "reference": kind.reference} for name, kind in REWARDS.items()]
+        return print("\n".join(report.markdown(rows)))
+    parsed = parse_all(cfg.reward)
+    if len(parsed) != 1:
+        usage_error(f"{cfg.reward!r}: one reward at a time here; evaluate.py scores a folder with many")
+    (name, _, url), = parsed
+    if cfg.command == "score" and not cfg.images:
+        usage_error('give pictures as well: python rewards.py score hps picture.png --prompt "a red star"')
+    checkpoint = cfg.checkpoint or ("tiny" if cfg.model == "tiny" else None)
+    reward = load(name, pick_device("auto")[0], checkpoint, url)
+    if cfg.command == "serve":
+        server = serve(name, reward, cfg.port, cfg.host)
+        print(f"use it as --rewards {name}@http://{cfg.host}:{server.server_port}", flush=True)
+        return server.serve_forever()
+    failed = 0
     for path in cfg.images:
         try:
-            images.append(Image.open(path).convert("RGB"))
+            value = reward([cfg.prompt], [Image.open(path).convert("RGB")]).item()
         except OSError as problem:  # one bad picture costs one score
-            failed += 1
-            images.append(None)
             print(f"error: {path}: not a readable picture ({problem})", file=sys.stderr)
-    reward = load(cfg.reward, pick_device("auto")[0], "tiny" if cfg.model == "tiny" else None)
-    readable = [image for image in images if image is not None]
-    values = iter(reward([cfg.prompt] * len(readable), readable).tolist() if readable else [])
-    for path, image in zip(cfg.images, images):
-        print(f"{next(values) if image is not None else math.nan:8.4f}  {path}")
+            value = math.nan
+        failed += math.isnan(value)
+        print(f"{value:8.4f}  {path}")
     sys.exit(3 if failed else 0)
 
 

@@ -2,10 +2,14 @@
 
 import json
 import math
+import threading
 
 import pytest
+import requests
 import torch
 from PIL import Image
+from transformers import CLIPModel, CLIPTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import artifact_reward
 import generate
@@ -109,6 +113,116 @@ def test_a_failed_score_makes_the_total_nan_and_leaves_the_others_alone():
 def test_a_reward_of_the_wrong_length_stops_the_run():
     with pytest.raises(ValueError, match="2 scores|\\(2,\\) scores"):
         rewards.score({"x": lambda *_: torch.zeros(2)}, ["p"] * 3, [None] * 3)
+
+
+# --- rewards on a CLIP, against transformers' own forward pass
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory, hps):
+    """A small random CLIP in the Hugging Face format, with the vocabulary of this world."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    config = hps.model.config
+    config.vision_config.hidden_act = config.text_config.hidden_act = "quick_gelu"
+    CLIPModel(config).save_pretrained(folder)
+    hps.tokenizer.save_pretrained(folder)
+    return folder
+
+
+PHOTOS = [Image.effect_mandelbrot((90, 60), (-2, -1.5, 1, 1.5), 40), Image.radial_gradient("L"), Image.linear_gradient("L")]
+ASKED = ["a red circle", "two blue stars", "a red circle"]
+
+
+def theirs(folder):
+    """logits_per_image and unit embeddings by CLIPModel.forward and CLIP's own image processor."""
+    model, processor = CLIPModel.from_pretrained(folder), CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    pixels = processor([image.convert("RGB") for image in PHOTOS], return_tensors="pt").pixel_values
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    words = tokenizer(ASKED, padding="max_length", max_length=24, return_tensors="pt")
+    with torch.no_grad():
+        return model(pixel_values=pixels, **words)
+
+
+def test_pickscore_is_clips_own_score(clip):
+    ours = rewards.load("pickscore", checkpoint=clip)(ASKED, PHOTOS)
+    assert torch.allclose(ours, theirs(clip).logits_per_image.diagonal(), atol=1e-4)
+
+
+def test_aesthetic_is_linear_on_the_unit_embedding(clip):
+    head = torch.nn.Linear(64, 1)
+    torch.save(head.state_dict(), clip / "sa_0_4_vit_l_14_linear.pth")
+    ours = rewards.load("aesthetic", checkpoint=clip)(ASKED, PHOTOS)
+    assert torch.allclose(ours, head(theirs(clip).image_embeds)[:, 0].detach(), atol=1e-5)
+
+
+def test_a_missing_head_is_named_with_the_command_that_fetches_it(capsys):
+    with pytest.raises(SystemExit) as stop:
+        rewards.load("aesthetic")
+    assert stop.value.code == 2 and "curl -LO" in capsys.readouterr().err
+
+
+def test_a_group_reads_its_prompt_once(hps, monkeypatch):
+    read = []
+    text = hps.model.get_text_features
+    monkeypatch.setattr(hps.model, "get_text_features", lambda **words: read.append(len(words["input_ids"])) or text(**words))
+    hps(["a red star"] * 8, [Image.new("RGB", (32, 32))] * 8)
+    assert read == [1]
+
+
+def test_noise_compresses_badly_and_emptiness_well():
+    flat, noisy = rewards.load("jpeg")(["", ""], [Image.new("RGB", (64, 64)), Image.effect_noise((64, 64), 90)])
+    assert -1 < flat < 0 and noisy < 2 * flat
+
+
+# --- rewards that live elsewhere
+
+
+@pytest.fixture
+def served(hps):
+    server = rewards.serve("hps", hps, 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_reward_elsewhere_gives_the_same_numbers(hps, served):
+    remote = rewards.load("hps", url=served)
+    assert remote.range == hps.range and remote.remote
+    assert torch.equal(remote(ASKED, PHOTOS), hps(ASKED, PHOTOS))
+
+
+def test_a_server_that_dies_gives_nan_and_its_reason(served, monkeypatch):
+    remote = rewards.load("hps", url=served)
+    monkeypatch.setattr(rewards.time, "sleep", lambda _: None)
+    remote.url = "http://127.0.0.1:9"
+    assert remote(ASKED, PHOTOS).isnan().all() and "ConnectionError" in next(iter(remote.failures))
+
+
+def test_bad_requests_are_refused_and_the_server_lives_on(served):
+    assert requests.post(f"{served}/score", data=b"{").status_code == 400
+    assert requests.post(f"{served}/score", json={"prompts": ["x"], "images": [], "metadata": []}).status_code == 400
+    assert requests.get(f"{served}/about").json()["name"] == "hps"
+
+
+def test_another_reward_at_the_address_is_refused(served, capsys):
+    with pytest.raises(SystemExit):
+        rewards.load("pickscore", url=served)
+    assert "'hps' is served there" in capsys.readouterr().err
+
+
+def test_nobody_at_the_address_is_said_at_once(capsys):
+    with pytest.raises(SystemExit):
+        rewards.load("hps", url="http://127.0.0.1:9")
+    assert "rewards.py serve hps --port 9" in capsys.readouterr().err
+
+
+def test_addresses_and_weights_do_not_get_mixed_up():
+    text = "hps@http://127.0.0.1:8100:0.5,artifact:2"
+    assert rewards.parse(text) == {"hps": 0.5, "artifact": 2.0}
+    assert rewards.addresses(text) == {"hps": "http://127.0.0.1:8100"}
 
 
 # --- the tiny rewards: a preference model's blind spot, and a judge that looks
