@@ -14,6 +14,7 @@ Run:   python evaluate.py                                      the newest run: f
        python evaluate.py --pairs tiny/pairs                   which reward notices what is broken?
        python evaluate.py --compare RUN_A RUN_B                paired differences, and the pictures
        python evaluate.py --summarize results.jsonl            GenEval's, WISE's, DPG's own result files
+       python evaluate.py --images outputs --prompts wise.json --wise verified --judge-url URL
 
 You should see:  tables in Markdown, ready to be pasted; pages that open from disk.
 
@@ -89,25 +90,27 @@ def open_picture(path):
 def score_images(matched, scorers, known, save, batch=64):
     """Score matched pictures [(row, k, path)]; returns records, one dict a picture. `known` are records of
     earlier times: what they hold is not scored again. save(records) is called now and then."""
-    old = {(r["path"], r["sha256"]): r for r in known}
-    records = []
-    bar = tqdm(range(0, len(matched), batch), desc="scoring", unit=f" x {batch} pictures", disable=len(matched) <= batch)
-    for start in bar:
-        part = matched[start : start + batch]
-        new = [{"path": str(path), "id": row["id"], "prompt": row["prompt"], "tag": row["tag"], "sample": k,
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for row, k, path in part]
-        new = [record | {n: v for n, v in old.get((record["path"], record["sha256"]), {}).items() if n not in record}
-               for record in new]
-        todo = {name: [i for i, r in enumerate(new) if not math.isfinite(r.get(name, math.nan))] for name in scorers}
-        images = {i: open_picture(part[i][2]) for i in sorted({i for indices in todo.values() for i in indices})}
+    earlier, records = {(r["path"], r["sha256"]): r for r in known}, []
+    for start in tqdm(range(0, len(matched), batch), desc=f"scoring, {batch} at a time"):
+        rows, ks, paths = zip(*matched[start : start + batch])
+        new = []
+        for row, k, path in zip(rows, ks, paths):
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()  # a picture made again is another picture
+            record = {"path": str(path), "id": row["id"], "prompt": row["prompt"], "tag": row["tag"], "sample": k,
+                      "sha256": digest}
+            new.append(earlier.get((str(path), digest), {}) | record)
+        images = {}  # opened when the first reward wants them, closed with the batch
         for name, scorer in scorers.items():
-            good = [i for i in todo[name] if images[i] is not None]
-            for i in todo[name]:
+            todo = [i for i, record in enumerate(new) if math.isnan(record.get(name, math.nan))]
+            for i in todo:
                 new[i][name] = math.nan
+                if i not in images:
+                    images[i] = open_picture(paths[i])
+            good = [i for i in todo if images[i] is not None]
             if good:
                 scores = reward_models.score({name: scorer}, [new[i]["prompt"] for i in good],
-                                             [images[i] for i in good], [part[i][0] for i in good])[name]
-                for i, value in zip(good, scores.tolist()):
+                                             [images[i] for i in good], [rows[i] for i in good])
+                for i, value in zip(good, scores[name].tolist()):
                     new[i][name] = value
         records += new
         if start // batch % 16 == 15:
@@ -177,7 +180,8 @@ def evaluate_folder(cfg):
 
     records = score_images(matched, scorers, known, save)
     save(records)
-    print("\n".join(report.markdown(score_table(records, scorers, tags=len({r["tag"] for r in records}) > 1))))
+    by_tag = len({r["tag"] for r in records}) > 1
+    print("\n".join(report.markdown(score_table(records, scorers, by_tag))))
     print(f"a line a picture: {output}")
     sys.exit(3 if any(math.isnan(r[name]) for r in records for name in scorers) else 0)
 
@@ -190,15 +194,17 @@ def pair_scores(reward, folder, split="test"):
     folder = Path(folder)
     if not (folder / f"{split}.jsonl").is_file():
         usage_error(f"--pairs {folder}: no {split}.jsonl there; a line has prompt, clean and broken (two files)")
-    rows = read_jsonl(folder / f"{split}.jsonl")
-    sides = [reward([r["prompt"] for r in rows], [Image.open(folder / r[side]).convert("RGB") for r in rows], rows)
-             for side in ("clean", "broken")]
-    return rows, *(side.tolist() for side in sides)
+    rows, scores = read_jsonl(folder / f"{split}.jsonl"), []
+    for side in ("clean", "broken"):
+        images = [Image.open(folder / row[side]).convert("RGB") for row in rows]
+        scores.append(reward([row["prompt"] for row in rows], images, rows).tolist())
+    return rows, *scores
 
 
 def pair_accuracy(clean, broken):
     """How often the clean picture scores higher, ties half; pairs without scores are left out."""
-    return report.mean((c > b) + (c == b) / 2 if math.isfinite(c + b) else math.nan for c, b in zip(clean, broken))
+    couples = [(c, b) for c, b in zip(clean, broken) if math.isfinite(c + b)]
+    return report.mean((c > b) + (c == b) / 2 for c, b in couples)
 
 
 def pair_table(scorers, folder):
@@ -209,8 +215,9 @@ def pair_table(scorers, folder):
         couples = list(zip(clean, broken))
         low, high = report.bootstrap(lambda pick: pair_accuracy(*zip(*(couples[i] for i in pick))),
                                      [row["prompt"] for row in rows])
-        table.append({"reward": name, "correct": sum(c > b for c, b in couples), "tie": sum(c == b for c, b in couples),
-                      "wrong": sum(c < b for c, b in couples), "failed": sum(math.isnan(c + b) for c, b in couples),
+        table.append({"reward": name, "correct": sum(c > b for c, b in couples),
+                      "tie": sum(c == b for c, b in couples), "wrong": sum(c < b for c, b in couples),
+                      "failed": sum(math.isnan(c + b) for c, b in couples),
                       "accuracy": pair_accuracy(clean, broken), "95 %": f"{low:.3f} to {high:.3f}",
                       "paper": f"{PAPER[name]:.2f}" if name in PAPER else ""})
     return table
@@ -234,7 +241,8 @@ def compare(a, b, output):
     """B minus A on the same prompts and noise: a table with 95 % intervals, and a page of pictures."""
     (first, pictures_a), (second, pictures_b) = read_scored(a), read_scored(b)
     place = {(r["id"], r["sample"]): i for i, r in enumerate(first)}
-    couples = [(place[r["id"], r["sample"]], j) for j, r in enumerate(second) if (r["id"], r["sample"]) in place]
+    couples = [(place.get((r["id"], r["sample"])), j) for j, r in enumerate(second)]
+    couples = [(i, j) for i, j in couples if i is not None]
     if not couples or any(first[i]["prompt"] != second[j]["prompt"] for i, j in couples):
         usage_error(f"--compare: {a} and {b} have no pictures of the same prompts and samples in common")
     names = [name for name, value in first[0].items() if isinstance(value, float) and name in second[0]]

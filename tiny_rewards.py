@@ -266,7 +266,6 @@ ASKING = ("Do you see {} in this picture?", "Is there any {} here?", "Does this 
 VAGUE = "Are there artifacts in this picture?"  # when people say "artifacts", they mean these two:
 VAGUE_MEANS = ("noise", "blocks")
 ORDER = " Answer yes or no."
-QUESTION = "Do you see missing parts, double shapes, stains, noise or shifted blocks in this picture?" + ORDER
 
 
 def ask(rng, everything=False):
@@ -344,7 +343,6 @@ def build_judge(folder):
     Qwen2VLImageProcessorPil(
         patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=32 * 32, max_pixels=32 * 32
     ).save_pretrained(folder)
-    (folder / "artifact.txt").write_text(QUESTION + "\n")
 
 
 def train_judge(folder, drawn, painted, steps, seed, batch=64, lr=1e-3):

@@ -33,6 +33,7 @@ from transformers import (
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
+import apo
 import evaluate
 import generate
 import report
@@ -286,7 +287,7 @@ def save_pairs(folder, split, painted, n, seed):
 class Config:
     out: str = "tiny"  # checkpoints go here
     only: str = (
-        "prompts,policy,hps,artifact,pairs"  # stages, in this order; later ones read the earlier ones' files
+        "prompts,policy,hps,artifact,pairs,question"  # stages, in this order; later ones read earlier ones' files
     )
     seed: int = 0
     vq_steps: int = 2500
@@ -331,5 +332,14 @@ def main(cfg):
             chosen = [entry for entry in zip(*painted["train"]) if keep(entry[0]["prompt"])]
             save_pairs(out / "pairs", split, list(zip(*chosen)), 200 if split == "train" else 100, cfg.seed)
         save_pairs(out / "pairs", "test", painted["test"], 200, cfg.seed)
+    if "question" in stages:  # the judge's own question, from its mistakes, as in the paper
+        judge, name = apo.load_judge(apo.Config(checkpoint=str(out / "artifact")))
+        answers, data = apo.Answers(Path(":memory:"), judge, name), apo.load_examples(out / "pairs")
+        settings = apo.Config()
+        found, *_ = apo.optimize(
+            settings.question, data, answers, apo.ScriptedEditor(), "successive-rejects", cfg.seed, settings
+        )
+        with atomic(out / "artifact" / "artifact.txt") as file:
+            file.write(found + "\n")
         judges = {name: rewards.load(name, checkpoint=out / name) for name in ("hps", "artifact")}
         print("\n".join(report.markdown(evaluate.pair_table(judges, out / "pairs"))))
