@@ -403,9 +403,9 @@ def optimize(first, data, answers, editor, how, seed, cfg):
         beam = SELECT[how](race, cfg.beam, cfg.budget * len(race.scores) * len(train))
         for question, scores in race.scores.items():
             tree[question] |= {"log-likelihood": float(scores.mean()), "pictures": len(scores)}
-        rounds.append(measures(answers(beam[0], data["validation"]), data["validation"])
+        rounds.append(with_intervals(answers(beam[0], data["validation"]), data["validation"])
                       | {"round": number, "question": beam[0], "candidates": len(race.scores)})
-        print(f"  round {number}: validation accuracy {rounds[-1]['accuracy']:.3f}, pairs {rounds[-1]['pairs']:.3f}, "
+        print(f"  round {number}: validation accuracy {rounds[-1]['accuracy'][0]:.3f}, "
               f"{len(answers.used)} judge calls  {beam[0]}", flush=True)
     # The beam's best on training pictures was chosen on them: let fresh ones decide.
     labels = np.array([example["broken"] for example in data["validation"]])
@@ -497,8 +497,7 @@ def save(folder, result, tree, rounds, p_broken, examples, first):
         json.dump(result | {"rounds": rounds}, file, indent=2)
     story, before = [], first
     for line in rounds:
-        numbers = ", ".join(f"{name} {line[name]:.3f}" for name in
-                            ("accuracy", "pairs", "auroc", "log-likelihood", "calibration error"))
+        numbers = ", ".join(f"{name} {shown(value)}" for name, value in line.items() if isinstance(value, tuple))
         story.append(f"<p><b>Round {line['round']}</b>, {line['candidates']} candidates; validation: {numbers}<br>"
                      f"{report.word_diff(before, line['question'])}</p>")
         before = line["question"]
