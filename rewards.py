@@ -40,6 +40,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import report
+from alignment_rewards import GIT, GDino
 from artifact_reward import ArtifactReward, picture_part
 from files import HERE, usage_error
 from generate import pick_device
@@ -391,6 +392,8 @@ REWARDS = {
     "hps": HPS,
     "pickscore": PickScore,
     "aesthetic": Aesthetic,
+    "gdino": GDino,
+    "git": GIT,
     "artifact": ArtifactReward,
     "jpeg": Jpeg,
     "gold": Gold,
