@@ -215,6 +215,79 @@ class Aesthetic(Clip):
         return self.linear(picture)[:, 0]
 
 
+# BLIP's own names -> transformers' names, of the vision tower; the text tower has the same names in both.
+BLIP_NAMES = [
+    (r"cls_token$", "embeddings.class_embedding"),
+    (r"pos_embed$", "embeddings.position_embedding"),
+    (r"patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"^blocks\.", "encoder.layers."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"\.attn\.proj\.", ".self_attn.projection."),
+    (r"\.attn\.qkv\.", ".self_attn.qkv."),
+    (r"^norm\.", "post_layernorm."),
+]
+
+
+class ImageReward(Clip):
+    """ImageReward v1.0 (arXiv:2304.05977): BLIP reads the prompt while looking at the picture; a linear MLP on
+    its first token, shifted and scaled to mean 0 and deviation 1. About -2.3 to 2; prompts are cut at 35 tokens."""
+
+    range = (-3.0, 3.0)
+    checkpoint = "zai-org/ImageReward"
+    reference = "ImageReward, arXiv:2304.05977"
+    mean, std, length = 0.16717362830052426, 1.0333394966054072, 35
+
+    def __init__(self, device="cpu", checkpoint=None):
+        from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+        folder = Path(checkpoint or self.checkpoint)
+        weights = folder / "ImageReward.pt" if folder.is_dir() else download(str(folder), "ImageReward.pt")
+        state, self.device = torch.load(weights, weights_only=True), device
+        vision = {n.removeprefix("blip.visual_encoder."): v for n, v in state.items() if ".visual_encoder." in n}
+        text = {n.removeprefix("blip.text_encoder."): v for n, v in state.items() if ".text_encoder." in n}
+        mlp = {n.removeprefix("mlp.layers."): v for n, v in state.items() if n.startswith("mlp.")}
+
+        # Every size can be read off the weights; heads are 64 wide in all BLIPs.
+        width, patch = vision["cls_token"].shape[-1], vision["patch_embed.proj.weight"].shape[-1]
+        self.size = round((vision["pos_embed"].shape[1] - 1) ** 0.5) * patch
+        vocabulary, hidden = text["embeddings.word_embeddings.weight"].shape
+        self.vision = BlipVisionModel(BlipVisionConfig(
+            hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64, image_size=self.size,
+            patch_size=patch, num_hidden_layers=layers(vision), hidden_act="gelu", layer_norm_eps=1e-6))
+        # is_decoder builds the cross-attention. The forward pass leaves it off: on, the mask would be causal.
+        self.text = BlipTextModel(BlipTextConfig(
+            vocab_size=vocabulary, hidden_size=hidden, encoder_hidden_size=width, intermediate_size=4 * hidden,
+            num_hidden_layers=layers(text), num_attention_heads=hidden // 64, is_decoder=True,
+            max_position_embeddings=len(text["embeddings.position_embeddings.weight"])), add_pooling_layer=False)
+        self.mlp = torch.nn.Sequential(*(  # dropout between the layers, and no activation
+            torch.nn.Linear(*mlp[f"{i}.weight"].T.shape) if f"{i}.weight" in mlp else torch.nn.Identity()
+            for i in range(8)))
+        for pattern, name in BLIP_NAMES:
+            vision = {re.sub(pattern, name, n): v for n, v in vision.items()}
+        text.pop("embeddings.position_ids", None)  # a constant, not a weight
+        for module, weights in ((self.vision, vision), (self.text, text), (self.mlp, mlp)):
+            module.load_state_dict(weights)
+            module.eval().requires_grad_(False).to(device)
+        base = folder if (folder / "vocab.txt").is_file() else "bert-base-uncased"
+        self.tokenizer = BertTokenizer.from_pretrained(base)
+
+    def embed_images(self, pixels):
+        return self.vision(pixels.to(self.device)).last_hidden_state
+
+    def score(self, picture, prompts):
+        words = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.length,
+                               return_tensors="pt").to(self.device)
+        seen = self.text(input_ids=words.input_ids, attention_mask=words.attention_mask,
+                         encoder_hidden_states=picture,
+                         encoder_attention_mask=torch.ones(picture.shape[:2], device=self.device))
+        return (self.mlp(seen.last_hidden_state[:, 0])[:, 0] - self.mean) / self.std
+
+
+def layers(state):
+    """How many layers a state dict has."""
+    return 1 + max(int(found[1]) for name in state if (found := re.search(r"\.?(?:blocks|layer)\.(\d+)\.", name)))
+
+
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # configuration and vocabulary of HPS and PickScore
 
 
@@ -391,6 +464,7 @@ class GoldClean(Gold):
 REWARDS = {
     "hps": HPS,
     "pickscore": PickScore,
+    "imagereward": ImageReward,
     "aesthetic": Aesthetic,
     "gdino": GDino,
     "git": GIT,

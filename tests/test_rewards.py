@@ -266,3 +266,19 @@ def test_pair_prompts_of_test_and_train_are_disjoint():
     assert not set(pairs("train")[0]) & set(pairs("test")[0]) and not set(pairs("train")[0]) & set(
         pairs("validation")[0]
     )
+
+
+# --- against what the originals computed, recorded with a note of what made it
+
+DATA = rewards.HERE / "tests" / "data"
+
+
+def test_imagereward_computes_what_the_original_computed():
+    recorded = json.loads((DATA / "imagereward/expected.json").read_text())
+    images = [Image.open(rewards.HERE / name).convert("RGB").resize(recorded["resized to"], Image.LANCZOS)
+              for name in recorded["pictures"]]
+    reward = rewards.load("imagereward", checkpoint=DATA / "imagereward")
+    for prompt, expected in recorded["scores"].items():
+        assert reward([prompt] * len(images), images).tolist() == pytest.approx(expected, abs=1e-5)
+    spread = torch.tensor(list(recorded["scores"].values()))
+    assert spread.std() > 1e-2  # random weights, but not indifferent ones
