@@ -2,13 +2,14 @@
 
 import json
 import math
+import shutil
 import threading
 
 import pytest
 import requests
 import torch
 from PIL import Image
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import artifact_reward
@@ -282,3 +283,36 @@ def test_imagereward_computes_what_the_original_computed():
         assert reward([prompt] * len(images), images).tolist() == pytest.approx(expected, abs=1e-5)
     spread = torch.tensor(list(recorded["scores"].values()))
     assert spread.std() > 1e-2  # random weights, but not indifferent ones
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, hps):
+    """open_clip's checkpoint as each reward wants it: HPS in open_clip's format, the others in Hugging Face's."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("hps", "pickscore", "aesthetic")}
+    for name, folder in folders.items():
+        hps.tokenizer.save_pretrained(folder)
+        act = "quick_gelu" if name == "aesthetic" else "gelu"  # OpenAI's CLIPs have the former
+        config = CLIPConfig(
+            text_config=dict(vocab_size=len(hps.tokenizer), hidden_size=32, intermediate_size=128, num_hidden_layers=2,
+                             num_attention_heads=2, max_position_embeddings=24, hidden_act=act,
+                             eos_token_id=hps.tokenizer.eos_token_id),
+            vision_config=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+                               image_size=32, patch_size=8, hidden_act=act), projection_dim=32)
+        state = torch.load(DATA / "open_clip/HPS_v2.1_compressed.pt", weights_only=True)["state_dict"]
+        model = CLIPModel(config)
+        model.load_state_dict(rewards.from_open_clip(state))  # strict: every key is used, every weight filled
+        model.save_pretrained(folder)
+        for file in ("HPS_v2.1_compressed.pt", "sa_0_4_vit_l_14_linear.pth"):
+            shutil.copy(DATA / "open_clip" / file, folder)
+    return folders
+
+
+@pytest.mark.parametrize("name", ["hps", "pickscore", "aesthetic"])
+def test_rewards_on_a_clip_compute_what_open_clip_computed(name, original):
+    recorded = json.loads((DATA / "open_clip/expected.json").read_text())
+    images = [Image.open(rewards.HERE / file).convert("RGB").resize(recorded["resized to"], Image.LANCZOS)
+              for file in recorded["pictures"]]
+    reward, expected = rewards.load(name, checkpoint=original[name]), recorded["scores"][name]
+    for prompt, scores in zip(recorded["prompts"], expected if name != "aesthetic" else [expected] * 3):
+        assert reward([prompt] * len(images), images).tolist() == pytest.approx(scores, abs=1e-4)
+    assert torch.tensor(expected).std() > 1e-2
