@@ -180,6 +180,23 @@ def run_folder(cfg):
     return run, None
 
 
+# What may differ when a run goes on: where it runs and what it writes, not what it computes. (With other
+# --max-steps the learning rate falls along another line from here on: that is what extending a run means.)
+FREE = set("resume output_dir run_name max_steps save_steps save_total_limit eval_steps best_of judge_url device "
+           "max_failures micro_batch".split())
+
+
+def check_same_run(run, cfg):
+    """A run that goes on keeps its flags; otherwise its log would tell two stories as one."""
+    if not (run / "config.json").is_file():
+        return
+    then, now = json.loads((run / "config.json").read_text())["flags"], json.loads(json.dumps(asdict(cfg)))
+    for name in sorted(then.keys() - FREE):
+        if then[name] != now.get(name):
+            usage_error(f"--resume: {run} was started with --{name.replace('_', '-')} {then[name]}, this is "
+                        f"{now.get(name)}; start anew under another --run-name, or use the flags it had")
+
+
 def begin_log(run, start, cfg, world):
     """Make the run folder. Lines of steps that will be made again are dropped, so that the log of a resumed
     run equals that of an uninterrupted one."""

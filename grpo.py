@@ -351,6 +351,8 @@ def main(cfg):
     rank, world = start_processes()
     weights, held_out, rows, test_rows = check(cfg, world)
     run, checkpoint = gather([files.run_folder(cfg) if rank == 0 else None])[0]
+    if checkpoint:
+        files.check_same_run(run, cfg)
     device, dtype = generate.pick_device(cfg.device, cfg.dtype)
     reference = generate.load_policy(cfg.model, device, dtype)
     policy = generate.load_policy(str(checkpoint or cfg.model), device, dtype)

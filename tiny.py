@@ -186,6 +186,11 @@ def is_test_prompt(prompt):
     return zlib.crc32(" ".join(sorted(prompt.split())).encode()) % 5 == 0
 
 
+def training_families():
+    """The prompts that models may learn from, a list for each family."""
+    return [[row for row in members if not is_test_prompt(row["prompt"])] for members in all_prompts().values()]
+
+
 def prompt_rows(split, per_family, seed=0):
     """`per_family` rows of each family (fewer where it has fewer); split: "train" or "test"."""
     rng, rows = random.Random(f"{split} {seed}"), []
@@ -293,9 +298,7 @@ def make_pictures(n, flawed, seed, strength=(0.4, 1.0)):
     pictures is corrupted; kinds[i] names the fault or is None, where[i] says in which of the 4 x 4 cells of
     8 x 8 pixels it shows, (n, 16). Families are equally frequent."""
     rng = random.Random(seed)
-    families = [
-        [row for row in members if not is_test_prompt(row["prompt"])] for members in all_prompts().values()
-    ]
+    families = training_families()
     rows, scenes, pixels, kinds, where = (
         [],
         [],

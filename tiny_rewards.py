@@ -94,10 +94,7 @@ def make_preferences(n, seed, flawed=0.4):
     """n pairs for one prompt each: (prompts, pixels (n, 2, 32, 32, 3), utility difference). Two pictures
     in five are broken, whichever side is liked better: independent of the preference."""
     rng = random.Random(seed)
-    families = [
-        [row for row in members if not tiny.is_test_prompt(row["prompt"])]
-        for members in tiny.all_prompts().values()
-    ]
+    families = tiny.training_families()
     prompts, pixels, gap = [], np.empty((n, 2, 32, 32, 3), np.uint8), np.empty(n, np.float32)
     for i in trange(n, desc="pairs", leave=False):
         prompt = rng.choice(rng.choice(families))["prompt"]

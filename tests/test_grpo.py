@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
 import files
 import generate
@@ -315,6 +316,13 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(whole_run, tmp_path):
     assert files.read_jsonl(tmp_path / "killed/test.jsonl") == files.read_jsonl(whole_run / "test.jsonl")
 
 
+def test_a_run_that_goes_on_keeps_its_flags(whole_run, capsys):
+    args = [*SMALL, "--max-steps", "6", "--resume", str(whole_run), "--learning-rate", "0.5"]
+    with pytest.raises(SystemExit) as stop:
+        grpo.main(tyro.cli(grpo.Config, args=args))
+    assert stop.value.code == 2 and "was started with --learning-rate" in capsys.readouterr().err
+
+
 def test_sigterm_ends_with_a_checkpoint(tmp_path):
     process = start(
         [
@@ -367,8 +375,6 @@ def test_two_processes_learn_what_one_does(whole_run, tmp_path):
     ],
 )
 def test_bad_usage_is_one_clear_line_before_anything_is_loaded(args, rule, capsys, tmp_path):
-    import tyro
-
     with pytest.raises(SystemExit) as stop:
         grpo.main(tyro.cli(grpo.Config, args=[*args, "--output-dir", str(tmp_path / "runs")]))
     assert stop.value.code == 2 and rule in capsys.readouterr().err

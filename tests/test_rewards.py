@@ -274,13 +274,17 @@ def test_pair_prompts_of_test_and_train_are_disjoint():
 DATA = rewards.HERE / "tests" / "data"
 
 
-def test_imagereward_computes_what_the_original_computed():
-    recorded = json.loads((DATA / "imagereward/expected.json").read_text())
+def largest_difference(reward, recorded, scores):
     images = [Image.open(rewards.HERE / name).convert("RGB").resize(recorded["resized to"], Image.LANCZOS)
               for name in recorded["pictures"]]
+    return max((reward([prompt] * len(images), images) - torch.tensor(expected)).abs().max().item()
+               for prompt, expected in scores.items())
+
+
+def test_imagereward_computes_what_the_original_computed():
+    recorded = json.loads((DATA / "imagereward/expected.json").read_text())
     reward = rewards.load("imagereward", checkpoint=DATA / "imagereward")
-    for prompt, expected in recorded["scores"].items():
-        assert reward([prompt] * len(images), images).tolist() == pytest.approx(expected, abs=1e-5)
+    assert largest_difference(reward, recorded, recorded["scores"]) < 1e-5
     spread = torch.tensor(list(recorded["scores"].values()))
     assert spread.std() > 1e-2  # random weights, but not indifferent ones
 
@@ -310,9 +314,7 @@ def original(tmp_path_factory, hps):
 @pytest.mark.parametrize("name", ["hps", "pickscore", "aesthetic"])
 def test_rewards_on_a_clip_compute_what_open_clip_computed(name, original):
     recorded = json.loads((DATA / "open_clip/expected.json").read_text())
-    images = [Image.open(rewards.HERE / file).convert("RGB").resize(recorded["resized to"], Image.LANCZOS)
-              for file in recorded["pictures"]]
     reward, expected = rewards.load(name, checkpoint=original[name]), recorded["scores"][name]
-    for prompt, scores in zip(recorded["prompts"], expected if name != "aesthetic" else [expected] * 3):
-        assert reward([prompt] * len(images), images).tolist() == pytest.approx(scores, abs=1e-4)
+    scores = dict(zip(recorded["prompts"], expected if name != "aesthetic" else [expected] * 3))
+    assert largest_difference(reward, recorded, scores) < (1e-4 if name == "pickscore" else 1e-5)
     assert torch.tensor(expected).std() > 1e-2
