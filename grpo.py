@@ -11,7 +11,7 @@ baseline. One advantage trains both the thought and the picture (BiCoT-GRPO, T2I
 The policy learns what the reward model *measures*, not what it was meant to measure. That gap is
 the subject: `--rewards` train, `--eval-rewards` are only watched, and nothing is ever both.
 
-Run:   torchrun grpo.py --rewards hps,artifact         the tiny world: about 4 minutes on two CPU cores
+Run:   torchrun grpo.py --rewards hps,artifact         the tiny world: about 6 minutes on two CPU cores
        torchrun grpo.py --rewards hps                  the same without the cure: watch gold fall
        torchrun --nproc-per-node 8 grpo.py --model deepseek-community/Janus-Pro-1B --judge-url http://HOST:8000/v1
 
@@ -218,7 +218,7 @@ def update(policy, reference_logprobs, optimizer, rollouts, advantages, cfg):
     loss_sum, clipped, kl, n = torch.stack(sums).sum(0).tolist()
     return {"loss": loss_sum / cfg.updates_per_rollout, "clip_ratio": clipped / cfg.updates_per_rollout,
             "kl": kl / n,  # nats a rollout, of the policy that sampled: before this update
-            "grad_norm": norm.item()}
+            "grad_norm": norm.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
 
 
 def trainable(policy):
@@ -373,7 +373,7 @@ def main(cfg):
         rollouts = rollout(policy, rows, jobs, step, cfg)  # G thoughts and pictures for each prompt
         log.tick("rollout")
         training_scores = reward_models.start_scoring(train_on, rollouts.prompts, rollouts.images, asked)
-        reference_logprobs = all_logprobs(reference, rollouts, cfg)  # meanwhile: a judge far away takes its time
+        reference_logprobs = all_logprobs(reference, rollouts, cfg)  # while a judge far away takes its time
         scores = training_scores()  # what trains
         believed = reward_models.score(watch, rollouts.prompts, rollouts.images, asked)  # what does not
         total = reward_models.combine(scores, weights, cfg.num_generations, cfg.combine, state["multipliers"])
@@ -381,10 +381,10 @@ def main(cfg):
         everyone = torch.tensor(gather(total.tolist()))
         mine = slice(rank * len(total), (rank + 1) * len(total))
         advantages = group_advantages(everyone, cfg.num_generations, cfg.advantage)[mine]
-        # Linear decay to 0, as T2I-R1 (the Trainer's default): at a constant rate the noise of the gradient alone
-        # keeps the policy wandering, which costs KL and buys no reward.
+        # Linear decay to 0, as T2I-R1 (the Trainer's default): at a constant rate the gradient's noise keeps
+        # the policy wandering, which costs KL and buys no reward.
         optimizer.param_groups[0]["lr"] = cfg.learning_rate * (1 - step / cfg.max_steps)
-        metrics = update(policy, reference_logprobs, optimizer, rollouts, advantages, cfg)  # better ones become likelier
+        metrics = update(policy, reference_logprobs, optimizer, rollouts, advantages, cfg)  # the better, the likelier
         log.tick("update")
 
         scores |= believed | {"total": total, "advantage": advantages}
@@ -392,12 +392,8 @@ def main(cfg):
         metrics |= summarize(records, list(weights), held_out, cfg)
         metrics["diversity"] = mean(gather(hacking.diversity(rollouts.images, cfg.num_generations)))
         log.step(step, metrics, records)
-        if cfg.combine == "constrained":
-            seen = {name: torch.tensor([r[name] for r in records]) for name in state["multipliers"]}
-            floors = dict.fromkeys(seen, cfg.floor)
-            state["multipliers"] = reward_models.update_multipliers(state["multipliers"], seen, floors)
-
-        state["step"] = done = step + 1
+        done = step + 1
+        state = {"step": done, "multipliers": multipliers_after(records, state["multipliers"], cfg)}
         ends = done == cfg.max_steps or any(gather([bool(stop)])) or metrics["failed"] > cfg.max_failures
         if done % cfg.eval_steps == 0 or done == cfg.max_steps:
             log.group(step, gather(rollouts.images))
@@ -431,6 +427,14 @@ def load_state(checkpoint, optimizer, weights):
         return {"step": 0, "multipliers": {name: 1.0 for name in list(weights)[1:]}}
     optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
     return json.loads((checkpoint / "state.json").read_text())
+
+
+def multipliers_after(records, multipliers, cfg):
+    """combine=constrained: what a reward below its floor weighs from now on."""
+    if cfg.combine != "constrained":
+        return multipliers
+    seen = {name: torch.tensor([r[name] for r in records]) for name in multipliers}
+    return reward_models.update_multipliers(multipliers, seen, dict.fromkeys(seen, cfg.floor))
 
 
 def give_up(failed, scorers, cfg, rank):

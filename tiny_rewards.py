@@ -133,14 +133,11 @@ def clip_tokenizer(texts, folder):
     return tokenizer
 
 
-def train_hps(folder, steps, seed, pairs=12000, batch=96, lr=1e-3):
-    """As HPS was made: a CLIP, trained first to match pictures with their captions, then on preferences by
-    Bradley-Terry, P(a liked over b) = sigmoid(s (cos(a) - cos(b))). Returns its accuracy on unseen pairs."""
-    torch.manual_seed(seed)
-    prompts, pixels, gap = make_preferences(pairs, seed)
-    rng = np.random.default_rng(seed)
+def build_hps(folder, texts):
+    """An untrained CLIP of 0.6 M parameters in HPS v2.1's checkpoint format, opened by the reward's own code:
+    what is trained is what will be used."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = clip_tokenizer(prompts, folder)
+    tokenizer = clip_tokenizer(texts, folder)
     config = CLIPConfig(
         text_config=dict(
             vocab_size=len(tokenizer),
@@ -169,8 +166,17 @@ def train_hps(folder, steps, seed, pairs=12000, batch=96, lr=1e-3):
     )
     config.save_pretrained(folder)
     save_open_clip(CLIPModel(config), folder)
-    hps = rewards.HPS(checkpoint=folder)  # from here on, train the reward through its own code
+    hps = rewards.HPS(checkpoint=folder)
     hps.model.train().requires_grad_(True)
+    return hps
+
+
+def train_hps(folder, steps, seed, pairs=12000, batch=96, lr=1e-3):
+    """As HPS was made: a CLIP, trained first to match pictures with their captions, then on preferences by
+    Bradley-Terry, P(a liked over b) = sigmoid(s (cos(a) - cos(b))). Returns its accuracy on unseen pairs."""
+    torch.manual_seed(seed)
+    prompts, pixels, gap = make_preferences(pairs, seed)
+    rng, hps = np.random.default_rng(seed), build_hps(folder, prompts)
     rows, _, captioned, _, _ = tiny.make_pictures(pairs, 0.4, seed + 1)
     for stage in ("captions", "preferences"):
         opt = torch.optim.AdamW(
@@ -277,8 +283,8 @@ def ask(rng, everything=False):
     return rng.choice(ASKING).format(listed) + ORDER, set(kinds)
 
 
-def build_judge(folder):
-    """An untrained Qwen2.5-VL of 0.8 M parameters, saved in its own format."""
+def judge_tokenizer():
+    """Qwen's special tokens and chat template, with the words of questions about faults."""
     words = [
         "<|endoftext|>",
         "<|im_start|>",
@@ -302,6 +308,12 @@ def build_judge(folder):
         "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
         "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
+    return tokenizer
+
+
+def build_judge(folder):
+    """An untrained Qwen2.5-VL of 0.8 M parameters, saved in its own format."""
+    tokenizer = judge_tokenizer()
     width = 96
     config = Qwen2_5_VLConfig(
         text_config=dict(

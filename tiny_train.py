@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tokenizers import processors
 from tqdm import trange
 from transformers import (
@@ -101,8 +100,8 @@ def train_vq(pixels, steps, seed, batch=64, lr=2e-3):
 # --- the policy ---------------------------------------------------------------------------------
 
 
-def build_policy(vq, texts):
-    """An untrained Janus of 1 M parameters around a trained VQ model."""
+def policy_tokenizer(texts):
+    """Janus' special tokens, with the words of this world's prompts and thoughts."""
     specials = [
         "<pad>",
         "<bos>",
@@ -115,7 +114,7 @@ def build_policy(vq, texts):
     ]
     core = bpe_tokenizer(texts, specials)
     core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",
         bos_token="<bos>",
@@ -127,6 +126,11 @@ def build_policy(vq, texts):
             "eoi_token": "<end_of_image>",
         },
     )
+
+
+def build_policy(vq, texts):
+    """An untrained Janus of 1 M parameters around a trained VQ model."""
+    tokenizer = policy_tokenizer(texts)
     width = 128
     config = JanusConfig(
         text_config=LlamaConfig(

@@ -275,6 +275,11 @@ def test_a_run_leaves_everything_a_person_looks_at(whole_run):
     assert not list(whole_run.rglob("*.partial"))
 
 
+def test_the_learning_rate_falls_linearly_to_zero(whole_run):
+    rates = [line["learning_rate"] for line in metrics_of(whole_run)]
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
 def test_the_report_escapes_what_people_write():
     assert report.table([{"prompt": "<script>alert(1)</script>"}]).count("<script>") == 0
 
