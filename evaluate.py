@@ -237,8 +237,14 @@ def read_scored(path):
     return records, hacking.cut_sheet(path / "tests" / "last.png", len(records))
 
 
+def seed_of(path):
+    """The seed of a run; None for a file of scores."""
+    return hacking.read_run(path)[0]["flags"]["seed"] if Path(path).is_dir() else None
+
+
 def compare(a, b, output):
-    """B minus A on the same prompts and noise: a table with 95 % intervals, and a page of pictures."""
+    """B minus A, picture by picture: a table with 95 % intervals, and a page of pictures. Runs of one seed are
+    tested with the same noise; of two seeds, only the prompts are the same, and the intervals are wider."""
     (first, pictures_a), (second, pictures_b) = read_scored(a), read_scored(b)
     place = {(r["id"], r["sample"]): i for i, r in enumerate(first)}
     couples = [(place.get((r["id"], r["sample"])), j) for j, r in enumerate(second)]
@@ -282,6 +288,8 @@ def main(cfg):
         sys.exit(3 if summary(cfg.summarize) else 0)
     if cfg.compare:
         output = Path(cfg.output or "compare.html")
+        if seed_of(cfg.compare[0]) != seed_of(cfg.compare[1]):
+            print("the two runs have different seeds: the same prompts, but not the same noise", file=sys.stderr)
         print("\n".join(report.markdown(compare(*cfg.compare, output))))
         return print(f"the pictures, side by side: {output}")
     runs = [Path(run) for run in cfg.runs if (Path(run) / "config.json").is_file()]

@@ -147,11 +147,11 @@ def seeds_table(runs):
         groups[config["flags"]["rewards"]].append((run, tests, pool))
     rows = []
     for trained, members in groups.items():
-        title = f"`{trained}`, {len(members)} seeds"
+        title = f"`{trained}`, {len(members)} seed{'s' if len(members) > 1 else ''}"
         for name in (key for key in members[0][1][0] if key != "step" and not key.startswith("image/")):
             before, after = ([tests[i][name] for _, tests, _ in members] for i in (0, -1))
             change, width = interval([b - a for a, b in zip(before, after)])
-            text = f"{change:+.3f} ± {width:.3f}"
+            text = f"{change:+.3f}" + (f" ± {width:.3f}" if math.isfinite(width) else ", one seed: no interval")
             if all(pool and name in pool[0] for *_, pool in members) and "gold" not in name:
                 spread = mean(within_prompt_std(pool, name) for *_, pool in members)
                 text += f" ({change / spread:+.1f} within-prompt deviations)"
