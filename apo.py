@@ -126,7 +126,8 @@ class Answers:
 
     def __init__(self, path, judge, name):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.db, self.judge, self.name = sqlite3.connect(path), judge, name
+        self.db = sqlite3.connect(path, isolation_level=None)  # each answer is kept as soon as it is given
+        self.judge, self.name = judge, name
         self.db.execute("PRAGMA synchronous = OFF")  # a killed process loses nothing; only a power cut could
         self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT)")
         self.used, self.asked, self.pictures = set(), 0, {}
@@ -142,7 +143,6 @@ class Answers:
             for i, score in zip(missing, scores):
                 if math.isfinite(score):
                     self.remember(keys[i], repr(1 - score))
-            self.db.commit()
         return np.array([float(self.recall(key) or "nan") for key in keys])
 
     def digest(self, example):
@@ -370,7 +370,8 @@ SELECT = {"full": full, "ucb": ucb, "successive-rejects": successive_rejects,
 
 def expand(question, batch, answers, editor, cfg, rng, refused):
     """New questions from the mistakes of an old one: [(question, reason)]."""
-    wrong = [(e, p) for e, p in zip(batch, answers(question, batch)) if (p > 0.5) != e["broken"]]
+    judged = [(e, p) for e, p in zip(batch, answers(question, batch)) if math.isfinite(p)]
+    wrong = [(e, p) for e, p in judged if (p > 0.5) != e["broken"]]
     proposed = []
     for _ in range(cfg.gradients if wrong else 0):  # without a mistake there is no reason to be had
         mistakes = rng.sample(wrong, min(cfg.errors, len(wrong)))
@@ -502,10 +503,11 @@ def save(folder, result, tree, rounds, p_broken, examples, first):
                      f"{report.word_diff(before, line['question'])}</p>")
         before = line["question"]
     said, broken = p_broken > 0.5, np.array([example["broken"] for example in examples])
-    confusion = [{"test pictures": truth, "called clean": int((~said & mask).sum()),
-                  "called broken": int((said & mask).sum())}
+    known = np.isfinite(p_broken)
+    confusion = [{"test pictures": truth, "called clean": int((~said & known & mask).sum()),
+                  "called broken": int((said & mask).sum()), "no answer": int((~known & mask).sum())}
                  for truth, mask in (("clean", ~broken), ("broken", broken))]
-    wrong = sorted((i for i in range(len(examples)) if said[i] != broken[i]),
+    wrong = sorted((i for i in range(len(examples)) if known[i] and said[i] != broken[i]),
                    key=lambda i: -abs(p_broken[i] - broken[i]))[:40]
     mistakes = [{"picture": Image.open(examples[i]["path"]), "prompt": examples[i]["prompt"],
                  "it is": "broken" if broken[i] else "clean", "P(broken)": float(p_broken[i])} for i in wrong]

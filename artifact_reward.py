@@ -236,7 +236,7 @@ class ArtifactReward:
         whole, broken = self([""] * 2, canary()).tolist()
         if not whole > broken:
             usage_error(f"the judge gives a whole picture {whole:.3f} and a torn one {broken:.3f}, which is the wrong "
-                        f"way round; look at it with `python artifact_reward.py --explain`, or change --question "
+                        f"way round; look with `python artifact_reward.py PICTURE --explain PAGE`, or change --question "
                         f"({dict(self.failures) or self.question!r})")
 
 

@@ -42,6 +42,7 @@ import generate
 import hacking
 import rewards as reward_models
 from files import HERE, usage_error
+from report import mean
 
 # Shapes:  P prompts   G rollouts of each   N = P*G rollouts   S = C+T tokens of a rollout
 
@@ -305,11 +306,6 @@ def summarize(records, trained, held_out, cfg):
         metrics[f"{kind}/{name}/group_std"] = values.std(1).nanmean().item()
         metrics["unanimous_groups"] = (values.std(1) == 0).float().mean().item()  # at last, of the total
     return metrics
-
-
-def mean(numbers):
-    numbers = list(numbers)
-    return sum(numbers) / len(numbers)
 
 
 def check(cfg, world):

@@ -31,8 +31,8 @@ from PIL import Image, ImageDraw
 import report
 from files import atomic, read_jsonl, usage_error
 from report import interval, mean
+from tiny import CLEAN_ENOUGH
 
-CLEAN_ENOUGH = 0.5  # gold-clean from here on counts as artifact-free (the tiny world's definition)
 STRIP = 12  # pictures in the strip of fixed prompts
 COLUMNS = 16  # pictures in a row of a sheet
 
@@ -261,7 +261,8 @@ def hacking_figure(runs, path):
         column[1].set_xlabel("sqrt(KL to the base policy)")
         for axis in column:
             axis.grid(alpha=0.3)
-    axes[1, -1].legend(fontsize=7)
+    handles = {label: handle for axis in axes[1] for handle, label in zip(*axis.get_legend_handles_labels())}
+    above.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
     strips = [("before", sorted((read[0][0] / "samples").glob("step_*.png"))[0])]
     strips += [(f"after GRPO on {kind}", sorted((members[0][0] / "samples").glob("step_*.png"))[-1])
                for kind, members in kinds.items()]

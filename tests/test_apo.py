@@ -139,6 +139,18 @@ def test_without_mistakes_nobody_is_asked_for_reasons(tmp_path):
     assert [reason for _, reason in found] == ["in other words"]
 
 
+def test_a_picture_without_an_answer_is_no_mistake_to_learn_from(tmp_path):
+    class Silent:
+        answers = staticmethod(lambda question, images: [[]] * len(images))
+
+    class Nobody:
+        paraphrase = staticmethod(lambda question, rng: question + " ")
+
+    answers = apo.Answers(tmp_path / "a.sqlite", Silent(), "silent")
+    found = apo.expand(PLAIN, examples(4, tmp_path), answers, Nobody(), apo.Config(), random.Random(0), {})
+    assert [reason for _, reason in found] == ["in other words"]  # nobody was asked for a reason
+
+
 def test_bad_answers_of_the_writer_are_refused_and_counted(tmp_path):
     class Rambler:
         reason = staticmethod(lambda question, mistakes, rng: "who knows")

@@ -195,7 +195,8 @@ def test_a_judge_that_cannot_tell_torn_from_whole_is_not_trained_on(server, caps
 
 
 def test_a_dying_judge_stops_the_run_after_a_checkpoint_and_is_quoted(server, tmp_path, capsys):
-    """Three requests a step go well (the canary takes two, the first test four); then the judge dies."""
+    """Ten requests go well, two for the canary, four for the first test, four for the first step; then it dies."""
+
     def behaviour(n):
         return "400" if n >= 2 + 4 + 4 else "good"
 
