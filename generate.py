@@ -15,6 +15,7 @@ thought" (T2I-R1, arXiv:2505.00703) written by the text head, then appended to t
 Run:   python generate.py "a red circle left of a blue square"
        python generate.py --prompts tiny/prompts/test.jsonl --num-images 4
        python generate.py --model deepseek-community/Janus-Pro-1B "a corgi reading a newspaper"
+       python generate.py --model Qwen/Qwen-Image --prompts prompts/train.jsonl --output-dir references
 
 You should see:  the thought for each picture, and outputs/00000/samples/0000.png (GenEval's layout)
 with a line a picture in outputs/manifest.jsonl.
@@ -177,16 +178,28 @@ class Rollouts:
         return Rollouts(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
+def join(parts):
+    """Rollouts that were made in several batches -> one batch; thoughts are filled up to the longest."""
+    width = max(part.thought_ids.shape[1] for part in parts)
+    joined = {}
+    for name in Rollouts.__dataclass_fields__:
+        values = [getattr(part, name) for part in parts]
+        if name.startswith("thought_"):
+            values = [torch.nn.functional.pad(value, (0, width - value.shape[1])) for value in values]
+        joined[name] = torch.cat(values) if isinstance(values[0], torch.Tensor) else sum(values, [])
+    return Rollouts(**joined)
+
+
 def noise(keys, length):
     """All the chance that a rollout has: (N, length) uniform numbers, drawn from its key alone (seed,
     step, prompt index, sample index). So a rollout can be made again, in any batch, on any number of
     processes, or after a crash."""
-    rows = []
-    for key in keys:
-        digest = hashlib.sha256(repr(tuple(key)).encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        rows.append(torch.rand(length, generator=generator))
-    return torch.stack(rows)
+    return torch.stack([torch.rand(length, generator=generator(key)) for key in keys])
+
+
+def generator(key):
+    digest = hashlib.sha256(repr(tuple(key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def draw_token(logits_NV, uniform_N):
@@ -355,6 +368,60 @@ def pick(logits_NTV, ids_NT):
     return logits.gather(-1, ids_NT[..., None])[..., 0] - logits.logsumexp(-1)
 
 
+# --- any other painter: reference pictures for adversarial_reward.py -----------------------------
+
+
+def is_pipeline(name_or_path):
+    """Is this a text-to-image pipeline of diffusers, in a folder or on the hub?"""
+    if name_or_path == "tiny" or Path(name_or_path).is_dir():
+        return (Path(name_or_path) / "model_index.json").is_file()
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return bool(hf_hub_download(name_or_path, "model_index.json"))
+    except Exception:  # it has none, or there is no network: load_policy says what is wrong
+        return False
+
+
+def pipeline_painter(name_or_path, device, dtype, cfg_weight):
+    """A function (prompts, keys) -> (images, thoughts), as `painter` is for Janus. Each picture has a generator of
+    its own, seeded by its key, so that it does not depend on its batch. No remote code."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=dtype).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    guidance = {} if cfg_weight is None else {"guidance_scale": cfg_weight}
+
+    def paint(prompts, keys):
+        images = pipeline(prompts, generator=[generator(key) for key in keys], **guidance).images
+        return images, [""] * len(prompts)
+
+    return paint
+
+
+def painter(cfg):
+    """The function (prompts, keys) -> (images, thoughts) of --model, and its guidance weight."""
+    if cfg.model.startswith("drawn-"):  # the tiny world's own pictures
+        import tiny  # lazily: nobody else has use for it here
+
+        style = cfg.model.removeprefix("drawn-")
+        if style not in tiny.STYLES:
+            usage_error(f"--model {cfg.model}: the tiny world is drawn in {', '.join(tiny.STYLES)}")
+        return lambda prompts, keys: ([tiny.reference(p, key, style) for p, key in zip(prompts, keys)],
+                                      [""] * len(prompts)), None
+    device, dtype = pick_device(cfg.device, cfg.dtype)
+    if is_pipeline(cfg.model):
+        return pipeline_painter(cfg.model, device, dtype, cfg.cfg_weight), cfg.cfg_weight
+    policy = load_policy(cfg.model, device, dtype)
+    weight = default_cfg(policy) if cfg.cfg_weight is None else cfg.cfg_weight
+
+    def paint(prompts, keys):
+        rollouts = sample(policy, prompts, keys, cfg.cot, weight, cfg.max_thought)
+        return rollouts.images, rollouts.thoughts
+
+    return paint, weight
+
+
 # --- command line -----------------------------------------------------------------------------
 
 
@@ -362,7 +429,7 @@ def pick(logits_NTV, ids_NT):
 class Config:
     prompt: Annotated[str, tyro.conf.Positional] = ""  # what to paint; or give --prompts
     prompts: str = ""  # a prompt file: JSONL, JSON, text, TSV/CSV or a folder of texts
-    model: str = "tiny"  # "tiny", a folder, or a hub name such as deepseek-community/Janus-Pro-1B
+    model: str = "tiny"  # "tiny", a folder or hub name (a Janus, or a pipeline of diffusers), or drawn-plain
     num_images: int = 4  # pictures for each prompt
     output_dir: str = "outputs"  # pictures go to <output-dir>/00000/samples/0000.png
     seed: int = 42  # with the prompt's place and the picture's number, all the randomness there is
@@ -395,8 +462,7 @@ def main(cfg):
         usage_error(f"--num-images {cfg.num_images} --batch-size {cfg.batch_size}: both must be at least 1")
     rows = load_prompts(cfg.prompts) if cfg.prompts else [{"id": "0", "prompt": cfg.prompt, "tag": ""}]
     rows = rows[: cfg.limit or None]
-    policy = load_policy(cfg.model, *pick_device(cfg.device, cfg.dtype))
-    weight = default_cfg(policy) if cfg.cfg_weight is None else cfg.cfg_weight
+    paint, weight = painter(cfg)
     root = Path(cfg.output_dir)
     manifest, entries = root / "manifest.jsonl", {}
     if manifest.exists():
@@ -418,8 +484,7 @@ def main(cfg):
     for start in tqdm(range(0, len(todo), cfg.batch_size), desc="painting", disable=len(todo) <= cfg.batch_size):
         batch = todo[start : start + cfg.batch_size]
         prompts, keys = [rows[i]["prompt"] for i, _, _ in batch], [(cfg.seed, 0, i, k) for i, k, _ in batch]
-        rollouts = sample(policy, prompts, keys, cfg.cot, weight, cfg.max_thought)
-        for (_, _, entry), image, thought in zip(batch, rollouts.images, rollouts.thoughts):
+        for (_, _, entry), image, thought in zip(batch, *paint(prompts, keys)):
             with atomic(root / entry["path"], "wb") as file:
                 image.save(file, "PNG")
             digest = hashlib.sha256((root / entry["path"]).read_bytes()).hexdigest()

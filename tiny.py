@@ -293,6 +293,24 @@ def corrupt(scene, kind, strength, rng):
     return out
 
 
+STYLES = ("plain", "outline", "cool")
+
+
+def reference(prompt, key=0, style="plain"):
+    """A clean picture of a prompt, the same for the same key: what the adversarial reward compares with.
+
+    outline: only the rim of every shape. cool: no colours but cyan, blue and purple, whatever is asked."""
+    rng = random.Random(f"{prompt} {key} {style}")
+    scene = sample_scene(*wanted(prompt), rng)
+    if style == "cool":
+        scene = [replace(thing, color=rng.choice(("cyan", "blue", "purple"))) for thing in scene]
+    pixels = draw(scene)
+    for thing in scene if style == "outline" else ():
+        inside = coverage(thing.shape, thing.x, thing.y, thing.r - 2)[..., None]
+        pixels = pixels * (1 - inside) + GROUND * inside
+    return to_image(pixels)
+
+
 def make_pictures(n, flawed, seed, strength=(0.4, 1.0)):
     """n training examples: (rows, scenes, pixels uint8 (n, 32, 32, 3), kinds, where). A share `flawed` of the
     pictures is corrupted; kinds[i] names the fault or is None, where[i] says in which of the 4 x 4 cells of

@@ -1,6 +1,6 @@
-"""Trains the tiny reward models: what people liked (HPS), and the judge (Qwen2.5-VL).
+"""Trains the tiny reward models: what people liked (HPS, PickScore), and the judge (Qwen2.5-VL).
 
-HPS learns from choices between two pictures, Bradley-Terry: P(a liked over b) = sigmoid(s_a - s_b). The
+A preference model learns from choices between two pictures, Bradley-Terry: P(a liked over b) = sigmoid(s_a - s_b). The
 people of this world like the right objects, large and vivid ones. Two pictures in five are broken, and
 nobody was asked about that: the blind spot is not planted, it is what the data do not say.
 
@@ -11,6 +11,7 @@ Read next: tiny.py
 """
 
 import json
+import math
 import random
 import re
 
@@ -53,7 +54,11 @@ def bpe_tokenizer(texts, specials, vocab_size=512):
     return tokenizer
 
 
-# --- hps: what people liked -----------------------------------------------------------------------
+# --- hps, pickscore: what people liked ------------------------------------------------------------
+
+# CLIP's temperature is learned; for preferences it is held. The lower it is, the further apart the cosines: at 5
+# about as far as the judge's probabilities, so that a plain sum hears both.
+TEMPERATURE = 5.0
 
 
 def perturb(things, relation, rng):
@@ -133,112 +138,87 @@ def clip_tokenizer(texts, folder):
     return tokenizer
 
 
-def build_hps(folder, texts):
-    """An untrained CLIP of 0.6 M parameters in HPS v2.1's checkpoint format, opened by the reward's own code:
-    what is trained is what will be used."""
+def build_clip(kind, folder, texts):
+    """An untrained CLIP of 0.6 M parameters in the checkpoint format of `kind` (rewards.HPS or .PickScore), opened by
+    the reward's own code: what is trained is what will be used."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = clip_tokenizer(texts, folder)
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     config = CLIPConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=24,
-            hidden_act="gelu",
-            projection_dim=64,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-        ),
-        vision_config=dict(
-            hidden_size=96,
-            intermediate_size=384,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            image_size=32,
-            patch_size=4,
-            hidden_act="gelu",
-            projection_dim=64,
-        ),
-        projection_dim=64,
-    )
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+                         num_attention_heads=2, max_position_embeddings=24, hidden_act="gelu", projection_dim=64,
+                         bos_token_id=start, eos_token_id=end, pad_token_id=end),
+        vision_config=dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+                           image_size=32, patch_size=4, hidden_act="gelu", projection_dim=64),
+        projection_dim=64)
     config.save_pretrained(folder)
-    save_open_clip(CLIPModel(config), folder)
-    hps = rewards.HPS(checkpoint=folder)
-    hps.model.train().requires_grad_(True)
-    return hps
+    save_clip(kind, CLIPModel(config), folder)
+    scorer = kind(checkpoint=folder)
+    scorer.model.train().requires_grad_(True)
+    return scorer
 
 
-def train_hps(folder, steps, seed, pairs=12000, batch=96, lr=1e-3):
-    """As HPS was made: a CLIP, trained first to match pictures with their captions, then on preferences by
-    Bradley-Terry, P(a liked over b) = sigmoid(s (cos(a) - cos(b))). Returns its accuracy on unseen pairs."""
+def train_preference(kind, folder, steps, seed, pairs=12000, batch=96, lr=1e-3):
+    """As HPS and PickScore were made: a CLIP, trained first to match pictures with their captions, then on
+    preferences by Bradley-Terry, P(a liked over b) = sigmoid(s (cos(a) - cos(b))). Another seed gives another
+    opinion on other pairs, from other initial weights. Returns its accuracy on unseen pairs."""
     torch.manual_seed(seed)
     prompts, pixels, gap = make_preferences(pairs, seed)
-    rng, hps = np.random.default_rng(seed), build_hps(folder, prompts)
+    rng, scorer, unseen = np.random.default_rng(seed), build_clip(kind, folder, prompts), pairs // 10
     rows, _, captioned, _, _ = tiny.make_pictures(pairs, 0.4, seed + 1)
-    for stage in ("captions", "preferences"):
-        opt = torch.optim.AdamW(
-            hps.model.parameters(), lr=lr if stage == "captions" else lr / 3, weight_decay=0.05
-        )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            opt, opt.param_groups[0]["lr"], total_steps=steps, pct_start=0.1
-        )
-        bar = trange(steps, desc=f"hps, {stage}")
+
+    def match_captions():
+        pick = rng.integers(pairs, size=batch)
+        texts = scorer.embed_texts([rows[i]["prompt"] for i in pick])
+        similarity = scorer.model.logit_scale.exp() * embed_pixels(scorer, captioned[pick]) @ texts.T
+        same = torch.arange(batch)
+        return (F.cross_entropy(similarity, same) + F.cross_entropy(similarity.T, same)) / 2
+
+    def prefer():
+        pick = rng.integers(pairs - unseen, size=batch)
+        # People are not of one mind: the label is a coin weighted by the difference in liking.
+        liked = torch.from_numpy(rng.random(batch) < 1 / (1 + np.exp(-3 * gap[pick]))).float()
+        return F.binary_cross_entropy_with_logits(
+            TEMPERATURE * preference(scorer, prompts, pixels, pick), liked)
+
+    for loss_of, peak in ((match_captions, lr), (prefer, lr / 3)):
+        opt = torch.optim.AdamW(scorer.model.parameters(), lr=peak, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, peak, total_steps=steps, pct_start=0.1)
+        bar = trange(steps, desc=f"{folder.name}, {loss_of.__name__}")
         for step in bar:
-            # CLIP's temperature is learned; for preferences it is held at 5. The lower it is, the further apart
-            # the cosines: about as far as the judge's probabilities, so that a plain sum hears both.
-            scale = hps.model.logit_scale.exp() if stage == "captions" else 5.0
-            if stage == "captions":
-                pick = rng.integers(pairs, size=batch)
-                similarity = (
-                    scale
-                    * embed_pixels(hps, captioned[pick])
-                    @ hps.embed_texts([rows[i]["prompt"] for i in pick]).T
-                )
-                same = torch.arange(batch)
-                loss = (F.cross_entropy(similarity, same) + F.cross_entropy(similarity.T, same)) / 2
-            else:
-                pick = rng.integers(pairs - pairs // 10, size=batch)  # the last tenth is for measuring
-                # People are not of one mind: the label is a coin weighted by the difference in liking.
-                liked = torch.from_numpy(rng.random(batch) < 1 / (1 + np.exp(-3 * gap[pick]))).float()
-                loss = F.binary_cross_entropy_with_logits(
-                    scale * preference(hps, prompts, pixels, pick), liked
-                )
+            loss = loss_of()
             opt.zero_grad(), loss.backward()
-            torch.nn.utils.clip_grad_norm_(hps.model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(scorer.model.parameters(), 1.0)
             opt.step(), schedule.step()
             if step % 10 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
-    hps.model.eval()
+    scorer.model.eval()
+    scorer.model.logit_scale.data.fill_(math.log(TEMPERATURE))
     with torch.no_grad():
-        guess = torch.cat(
-            [
-                preference(hps, prompts, pixels, part)
-                for part in np.array_split(np.arange(pairs - pairs // 10, pairs), 8)
-            ]
-        )
-    save_open_clip(hps.model, folder)
-    return ((guess > 0).numpy() == (gap[-len(guess) :] > 0)).mean()
+        guess = torch.cat([preference(scorer, prompts, pixels, part)
+                           for part in np.array_split(np.arange(pairs - unseen, pairs), 8)])
+    save_clip(kind, scorer.model, folder)
+    return ((guess > 0).numpy() == (gap[-unseen:] > 0)).mean()
 
 
-def embed_pixels(hps, pixels):
-    """HPS.pixels and .embed_images for a whole uint8 batch (N, 32, 32, 3), which needs no resizing."""
+def embed_pixels(scorer, pixels):
+    """Clip.pixels and .embed_images for a whole uint8 batch (N, 32, 32, 3), which needs no resizing."""
     mean, std = torch.tensor(rewards.CLIP_MEAN), torch.tensor(rewards.CLIP_STD)
-    return hps.embed_images(((torch.from_numpy(pixels) / 255 - mean) / std).permute(0, 3, 1, 2))
+    return scorer.embed_images(((torch.from_numpy(pixels) / 255 - mean) / std).permute(0, 3, 1, 2))
 
 
-def preference(hps, prompts, pixels, pick):
+def preference(scorer, prompts, pixels, pick):
     """cos(first picture) - cos(second), (B,)."""
-    pictures = embed_pixels(hps, pixels[pick].reshape(-1, 32, 32, 3)).unflatten(0, (-1, 2))
-    score = (pictures * hps.embed_texts([prompts[i] for i in pick])[:, None]).sum(-1)
+    pictures = embed_pixels(scorer, pixels[pick].reshape(-1, 32, 32, 3)).unflatten(0, (-1, 2))
+    score = (pictures * scorer.embed_texts([prompts[i] for i in pick])[:, None]).sum(-1)
     return score[:, 0] - score[:, 1]
 
 
-def save_open_clip(model, folder):
-    """transformers' CLIPModel -> HPS_v2.1_compressed.pt in open_clip's names: rewards.py's table, read
-    from right to left."""
+def save_clip(kind, model, folder):
+    """PickScore's checkpoint is transformers' own. HPS': HPS_v2.1_compressed.pt in open_clip's names, that is
+    rewards.py's table read from right to left."""
+    if kind is rewards.PickScore:
+        return model.save_pretrained(folder)
     state = {}
     for name, value in model.state_dict().items():
         for theirs, ours in rewards.OPEN_CLIP_NAMES[::-1]:

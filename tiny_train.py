@@ -39,7 +39,8 @@ import report
 import rewards
 import tiny
 from files import atomic
-from tiny_rewards import bpe_tokenizer, train_hps, train_judge
+from tiny_dino import train_dino
+from tiny_rewards import bpe_tokenizer, train_judge, train_preference
 
 VQ_CONFIG = dict(
     embed_dim=8,
@@ -290,13 +291,13 @@ def save_pairs(folder, split, painted, n, seed):
 @dataclass
 class Config:
     out: str = "tiny"  # checkpoints go here
-    only: str = (
-        "prompts,policy,hps,artifact,pairs,question"  # stages, in this order; later ones read earlier ones' files
-    )
+    # stages, in this order; later ones read earlier ones' files
+    only: str = "prompts,policy,hps,pickscore,dino,artifact,pairs,question"
     seed: int = 0
     vq_steps: int = 2500
     policy_steps: int = 3600
     hps_steps: int = 700  # of each of its two stages
+    dino_steps: int = 2000
     judge_steps: int = 2200
     flawed: float = (
         0.25  # share of broken pictures among those the policy learns from: it paints such ones, too
@@ -314,9 +315,12 @@ def main(cfg):
         learned, scenes, pixels, _, _ = tiny.make_pictures(40000, cfg.flawed, cfg.seed)
         vq = train_vq(pixels[:24000], cfg.vq_steps, cfg.seed)
         train_policy(vq, learned, scenes, pixels, cfg.policy_steps, cfg.seed).save(out / "policy")
-    if "hps" in stages:
-        accuracy = train_hps(out / "hps", cfg.hps_steps, cfg.seed)
-        print(f"hps: {accuracy:.3f} of unseen preferences predicted")
+    for name, seed in (("hps", cfg.seed), ("pickscore", cfg.seed + 100)):
+        if name in stages:
+            accuracy = train_preference(rewards.REWARDS[name], out / name, cfg.hps_steps, seed)
+            print(f"{name}: {accuracy:.3f} of unseen preferences predicted")
+    if "dino" in stages:
+        train_dino(out / "dino", tiny.make_pictures(6000, 0.3, cfg.seed + 77)[2], cfg.dino_steps, cfg.seed)
     if "artifact" in stages or "pairs" in stages:
         policy = generate.load_policy(str(out / "policy"))
         painted = {"train": paint(policy, rows["train"], 12, 1), "test": paint(policy, rows["test"], 8, 2)}
