@@ -14,6 +14,7 @@ Read next: generate.py
 
 import contextlib
 import csv
+import fcntl
 import io
 import json
 import math
@@ -134,8 +135,9 @@ def parse_prompts(text, path):
 # --- the run folder -----------------------------------------------------------------------------
 
 
-def save_checkpoint(run, state, policy, optimizer, keep):
-    """checkpoints/step-000100: the policy in the Hugging Face format, the optimizer, the counters. Written
+def save_checkpoint(run, state, policy, optimizer, learners, keep):
+    """checkpoints/step-000100: the policy in the Hugging Face format, the optimizer, the rewards that learn, the
+    counters. Written
     under another name and renamed when complete, so that a kill leaves the previous one whole."""
     folder = run / "checkpoints" / f"step-{state['step']:06d}"
     partial = folder.with_name(f".{folder.name}.partial")
@@ -143,6 +145,8 @@ def save_checkpoint(run, state, policy, optimizer, keep):
     partial.mkdir(parents=True)
     policy.save(partial)
     torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    for name, reward in learners.items():
+        torch.save(reward.state_dict(), partial / f"{name}.pt")
     with atomic(partial / "state.json") as file:
         json.dump(state, file)
     shutil.rmtree(folder, ignore_errors=True)
@@ -178,6 +182,18 @@ def run_folder(cfg):
     while run.exists():
         run, number = root / f"{name}-{number}", number + 1
     return run, None
+
+
+def lock(run):
+    """Keep this run folder for this process; whoever else wants to write there is refused. The system lets go of the
+    lock when the process ends, however it ends. Returns the open file, which is the lock."""
+    run.mkdir(parents=True, exist_ok=True)
+    file = open(run / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        usage_error(f"{run}: another run is writing there; wait for it, or choose another --run-name")
+    return file
 
 
 # What may differ when a run goes on: where it runs and what it writes, not what it computes. (With other

@@ -63,8 +63,9 @@ class Config:
     epsilon: float = 0.2  # clip range below 1
     epsilon_high: float = 0.2  # clip range above 1; DAPO takes .28
     updates_per_rollout: int = 1  # optimizer steps on the same rollouts; 1: rho is 1, and nothing is clipped
-    # divide by the std of the group (GRPO), by nothing (Dr.GRPO), by that of the batch (Flow-GRPO)
-    advantage: Literal["group", "none", "global"] = "group"
+    # divide by the std of the group (GRPO), by nothing (Dr.GRPO), by that of the batch (Flow-GRPO); or none of
+    # these: best, which imitates the best picture of each group (RAFT, best-of-n fine-tuning)
+    advantage: Literal["group", "none", "global", "best"] = "group"
     # several rewards -> one: see rewards.combine
     combine: Literal["sum", "normalized", "mean", "min", "uwo", "pareto", "constrained"] = "sum"
     floor: float = 0.7  # combine=constrained: every reward but the first is to stay above this
@@ -81,6 +82,9 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; weights stay float32
     judge_url: tuple[str, ...] = ()  # judge server(s) [tiny: in-process; else http://127.0.0.1:8000/v1]
     judge_model: str | None = None  # the served model's name [the first that is served]
+    references: str | None = None  # reward adversarial: a folder or file of reference pictures [tiny: drawn]
+    adversary_steps: int = 4  # reward adversarial: steps of its discriminator for each of the policy's
+    adversary_update: Literal["always", "beaten"] = "always"  # beaten: only while it is being fooled
     question: str | None = None  # put to the judge: a text or a file, such as apo.py writes [the judge's own]
     max_failures: float = 0.5  # stop when more than this share of a step's rollouts has no score
 
@@ -103,6 +107,9 @@ PRESETS = {
 }
 
 
+PATIENCE = 5  # steps in a row whose gradients are no numbers, until the run gives up
+
+
 # --- the mathematics: tensors in, tensors out ---------------------------------------------------
 
 
@@ -111,7 +118,8 @@ def group_advantages(total_N, group_size, divide="group"):
 
     The deviation has n - 1, as released (T2I-R1 grpo_trainer.py:752). A unanimous group has nothing to
     teach: 0 / 1e-4 = 0. Per group and not per batch: an easy prompt must not make every picture of a hard
-    one look bad. By std only if asked: it blows up nearly tied groups (Dr.GRPO, arXiv:2503.20783)."""
+    one look bad. By std only if asked: it blows up nearly tied groups (Dr.GRPO, arXiv:2503.20783). "best": 1 for
+    the best picture, 0 for the others, so that the loss is the likelihood of the best of G (RAFT, arXiv:2304.06767)."""
     reward = total_N.view(-1, group_size)
     known = reward.isfinite()
     count = known.sum(1, keepdim=True)
@@ -122,6 +130,9 @@ def group_advantages(total_N, group_size, divide="group"):
     elif divide == "global":
         everyone = total_N[total_N.isfinite()]
         scale = (everyone.std() if len(everyone) > 1 else torch.zeros(())) + 1e-4
+    elif divide == "best":
+        best = torch.nn.functional.one_hot(centered.argmax(1), group_size)
+        return (best * (centered > 0)).float().view(-1)
     else:
         scale = 1.0
     return (centered / scale).view(-1)
@@ -170,13 +181,22 @@ def prompts_of_step(rows, step, cfg):
     return chosen
 
 
-def rollout(policy, rows, jobs, stream, cfg):
+def rollout(policy, rows, jobs, stream, cfg, halve=True):
     """One thought and one picture for each job (prompt index, sample number). `stream` keeps the noise of
     different uses apart: the step while training, -1 in tests, -2 for best-of-n."""
     keys = [(cfg.seed, stream, i, k) for i, k in jobs]
     weight = guidance_weights(cfg, policy)[0]
     prompts = [rows[i]["prompt"] for i, _ in jobs]
-    return generate.sample(policy, prompts, keys, cfg.cot, weight, cfg.max_thought)
+    try:
+        return generate.sample(policy, prompts, keys, cfg.cot, weight, cfg.max_thought)
+    except torch.OutOfMemoryError:  # in two halves, once: a rollout is the same in any batch
+        if not halve or len(jobs) < 2:
+            raise
+        torch.cuda.empty_cache()
+        tqdm.write(f"out of memory with {len(jobs)} rollouts at a time: going on with half as many", file=sys.stderr)
+        middle = len(jobs) // 2
+        halves = [rollout(policy, rows, part, stream, cfg, False) for part in (jobs[:middle], jobs[middle:])]
+        return generate.join(halves)
 
 
 def slices(rollouts, cfg):
@@ -213,20 +233,24 @@ def update(policy, reference_logprobs, optimizer, rollouts, advantages, cfg):
             loss_sum += loss.item()
         sum_gradients(policy)
         norm = torch.nn.utils.clip_grad_norm_(trainable(policy), cfg.max_grad_norm)
+        if not norm.isfinite():  # of the sum over all processes, so they agree: nobody takes this step
+            optimizer.zero_grad()
+            break
         optimizer.step()
     kl = torch.where(mask, kl_k3(torch.cat(old), reference_logprobs), 0.0).sum().item()
     sums = gather([torch.tensor([loss_sum, clipped / tokens, kl, len(rollouts)], dtype=torch.float64)])
     loss_sum, clipped, kl, n = torch.stack(sums).sum(0).tolist()
     return {"loss": loss_sum / cfg.updates_per_rollout, "clip_ratio": clipped / cfg.updates_per_rollout,
             "kl": kl / n,  # nats a rollout, of the policy that sampled: before this update
-            "grad_norm": norm.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
+            "grad_norm": norm.item(), "skipped": int(not norm.isfinite()),
+            "learning_rate": optimizer.param_groups[0]["lr"]}
 
 
 def trainable(policy):
     return [p for p in policy.model.parameters() if p.requires_grad]
 
 
-# --- several processes: only these three functions, and `rank` in main, know of them ------------
+# --- several processes: only these four functions, and `rank` in main, know of them -------------
 
 
 def start_processes():
@@ -255,6 +279,19 @@ def sum_gradients(policy):
                 dist.all_reduce(parameter.grad)
 
 
+def learn(learners, jobs, rollouts):
+    """Rewards that learn (adversarial_reward.py) do so from the rollouts of all processes, each process all of it in
+    the same order; should their arithmetic ever differ, rank 0 is right. Returns metrics."""
+    metrics = {}
+    if learners:
+        _, prompts, images = zip(*sorted(gather(list(zip(jobs, rollouts.prompts, rollouts.images))), key=lambda e: e[0]))
+    for name, reward in learners.items():
+        metrics |= {f"{name}/{key}": value for key, value in reward.learn(prompts, images).items()}
+        for parameter in reward.parameters() if dist.is_initialized() else ():
+            dist.broadcast(parameter.data, 0)
+    return metrics
+
+
 # --- measuring ----------------------------------------------------------------------------------
 
 
@@ -269,9 +306,14 @@ def test(policy, reference, scorers, rows, cfg, rank, world):
         scores = reward_models.score(scorers, rollouts.prompts, rollouts.images, chosen)
         k3 = kl_k3(all_logprobs(policy, rollouts, cfg), all_logprobs(reference, rollouts, cfg))
         scores["kl"] = torch.where(rollouts.mask, k3, 0.0).sum(1)
-        records += record(chosen, batch, rollouts, scores | hacking.image_statistics(rollouts.images))
+        records += record(chosen, batch, rollouts, scores | image_statistics(rollouts.images))
         shown += rollouts.images
     return gather(records), gather(shown)
+
+
+def image_statistics(images):
+    """Brightness, saturation and the like, under the name image/...: always logged, never trained on."""
+    return {f"image/{name}": reward_models.REWARDS[name]()(None, images) for name in reward_models.STATS}
 
 
 def best_of_n_pool(reference, scorers, weights, rows, cfg, rank, world):
@@ -322,6 +364,13 @@ def check(cfg, world):
             f"{', '.join(weights.keys() & set(held_out))} is in --rewards and in --eval-rewards: what is trained "
             "on cannot be believed; take it out of one"
         )
+    watched = [name for name in weights if hasattr(reward_models.REWARDS[name], "only_watched")]
+    if watched:
+        usage_error(f"--rewards {', '.join(watched)}: a statistic, not an opinion; it can only be watched, --eval-rewards")
+    learning = [name for name in held_out if hasattr(reward_models.REWARDS[name], "learn")]
+    if learning:
+        usage_error(f"--eval-rewards {', '.join(learning)}: it knows nothing unless it learns beside the policy; "
+                    "name it in --rewards")
     if cfg.num_generations < 2:
         usage_error(f"--num-generations {cfg.num_generations}: a group of one has no baseline; use 4 or more")
     if cfg.prompts_per_step < 1 or cfg.prompts_per_step % world:
@@ -354,10 +403,17 @@ def main(cfg):
     policy = generate.load_policy(str(checkpoint or cfg.model), device, dtype)
     train_on, watch = load_rewards(weights, cfg, device), load_rewards(held_out, cfg, device)
     optimizer = torch.optim.AdamW(trainable(policy), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0)
-    state = load_state(checkpoint, optimizer, weights)
+    learners = {name: reward for name, reward in train_on.items() if hasattr(reward, "learn")}
+    for reward in learners.values():
+        reward.references.check([row["prompt"] for row in rows])
+    state = load_state(checkpoint, optimizer, weights, learners)
+    lock = files.lock(run) if rank == 0 else None  # noqa: F841 held as long as this process lives
     log = Log(cfg, run, state["step"], weights, held_out, rank, world)
-    stop = []  # SIGTERM ends the run after the step at hand, with a checkpoint
-    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    stop = listen_for_sigterm()
+
+    def save(state):
+        if rank == 0:
+            files.save_checkpoint(run, state, policy, optimizer, learners, cfg.save_total_limit)
 
     if state["step"] == 0:
         log.test(0, *test(policy, reference, train_on | watch, test_rows, cfg, rank, world))
@@ -368,6 +424,9 @@ def main(cfg):
 
         rollouts = rollout(policy, rows, jobs, step, cfg)  # G thoughts and pictures for each prompt
         log.tick("rollout")
+        if any(gather([bool(stop)])):  # nothing has been changed by this step: it will be made again
+            save(state), give_up("asked to stop", 143, rank)
+        adversary = learn(learners, jobs, rollouts)  # a reward that learns has seen these pictures when it scores them
         training_scores = reward_models.start_scoring(train_on, rollouts.prompts, rollouts.images, asked)
         reference_logprobs = all_logprobs(reference, rollouts, cfg)  # while a judge far away takes its time
         scores = training_scores()  # what trains
@@ -385,19 +444,19 @@ def main(cfg):
 
         scores |= believed | {"total": total, "advantage": advantages}
         records = gather(record(asked, jobs, rollouts, scores))
-        metrics |= summarize(records, list(weights), held_out, cfg)
+        metrics |= adversary | summarize(records, list(weights), held_out, cfg)
         metrics["diversity"] = mean(gather(hacking.diversity(rollouts.images, cfg.num_generations)))
         log.step(step, metrics, records)
-        done = step + 1
-        state = {"step": done, "multipliers": multipliers_after(records, state["multipliers"], cfg)}
-        ends = done == cfg.max_steps or any(gather([bool(stop)])) or metrics["failed"] > cfg.max_failures
+        done, skipped = step + 1, (state["skipped"] + 1) * metrics["skipped"]
+        state = {"step": done, "multipliers": multipliers_after(records, state["multipliers"], cfg), "skipped": skipped}
         if done % cfg.eval_steps == 0 or done == cfg.max_steps:
             log.group(step, gather(rollouts.images))
             log.test(done, *test(policy, reference, train_on | watch, test_rows, cfg, rank, world))
-        if rank == 0 and (done % cfg.save_steps == 0 or ends):
-            files.save_checkpoint(run, state, policy, optimizer, cfg.save_total_limit)
-        if ends and done < cfg.max_steps:
-            give_up(metrics["failed"], train_on, cfg, rank)
+        trouble = what_is_wrong(metrics, state, train_on, cfg)
+        if trouble or done % cfg.save_steps == 0 or done == cfg.max_steps:
+            save(state)
+        if trouble:
+            give_up(trouble, 3, rank)
 
     if cfg.best_of:
         log.pool(best_of_n_pool(reference, train_on | watch, weights, test_rows, cfg, rank, world))
@@ -409,19 +468,24 @@ def main(cfg):
 
 def load_rewards(names, cfg, device):
     checkpoint = "tiny" if cfg.model == "tiny" else None
-    judge = {"artifact": dict(judge_urls=cfg.judge_url, judge_model=cfg.judge_model, question=cfg.question)}
+    adversary = dict(references=cfg.references, steps=cfg.adversary_steps, when=cfg.adversary_update, seed=cfg.seed)
+    options = {"artifact": dict(judge_urls=cfg.judge_url, judge_model=cfg.judge_model, question=cfg.question),
+               "adversarial": adversary, "adversarial-pickscore": adversary}
     where = reward_models.addresses(cfg.rewards) | reward_models.addresses(cfg.eval_rewards)
-    loaded = {name: reward_models.load(name, device, checkpoint, where.get(name), **judge.get(name, {})) for name in names}
+    loaded = {name: reward_models.load(name, device, checkpoint, where.get(name), **options.get(name, {}))
+              for name in names}
     if isinstance(loaded.get("artifact"), reward_models.ArtifactReward):
         loaded["artifact"].check()
     return loaded
 
 
-def load_state(checkpoint, optimizer, weights):
-    """The counters of a run: the next step, and the multipliers of combine=constrained."""
+def load_state(checkpoint, optimizer, weights, learners):
+    """The counters of a run: the next step, the multipliers of combine=constrained, the steps skipped just now."""
     if not checkpoint:
-        return {"step": 0, "multipliers": {name: 1.0 for name in list(weights)[1:]}}
+        return {"step": 0, "multipliers": {name: 1.0 for name in list(weights)[1:]}, "skipped": 0}
     optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+    for name, reward in learners.items():
+        reward.load_state_dict(torch.load(checkpoint / f"{name}.pt", weights_only=True))
     return json.loads((checkpoint / "state.json").read_text())
 
 
@@ -433,16 +497,36 @@ def multipliers_after(records, multipliers, cfg):
     return reward_models.update_multipliers(multipliers, seen, dict.fromkeys(seen, cfg.floor))
 
 
-def give_up(failed, scorers, cfg, rank):
-    """The end before the end, after a checkpoint: 143 if asked to stop, 3 if the rewards fail."""
-    failing = failed > cfg.max_failures
-    if rank == 0:
+def listen_for_sigterm():
+    """A list that is not empty any more when the run has been asked to stop. Asked twice, it stops at once."""
+    stop = []
+
+    def heard(number, frame):
+        if stop:
+            raise SystemExit(143)
+        stop.append(number)
+
+    signal.signal(signal.SIGTERM, heard)
+    return stop
+
+
+def what_is_wrong(metrics, state, scorers, cfg):
+    """Why this run must not go on, or ""."""
+    if metrics["failed"] > cfg.max_failures:
         reasons = Counter()
         for reward in scorers.values():
             reasons |= getattr(reward, "failures", Counter())
-        why = f"{failed:.0%} of the rollouts had no score: {dict(reasons)}; " if failing else ""
-        print(f"{why}stopped, with a checkpoint; --resume latest goes on from it", file=sys.stderr)
-    raise SystemExit(3 if failing else 143)
+        return f"{metrics['failed']:.0%} of the rollouts had no score: {dict(reasons)}"
+    if state["skipped"] >= PATIENCE:
+        return f"{PATIENCE} steps in a row had gradients that are no numbers, and were skipped; lower --learning-rate"
+    return ""
+
+
+def give_up(why, code, rank):
+    """The end before the end, after a checkpoint: 143 if asked to stop, 3 if it cannot go on."""
+    if rank == 0:
+        print(f"{why}; stopped, with a checkpoint; --resume latest goes on from it", file=sys.stderr)
+    raise SystemExit(code)
 
 
 class Log:

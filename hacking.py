@@ -168,17 +168,6 @@ def seeds_table(runs):
 # --- pictures -----------------------------------------------------------------------------------
 
 
-def image_statistics(images):
-    """What hacked pictures often give away: dict name -> (N,), all in [0, 1]. Brightness and saturation are
-    those of HSV; edges is the mean step between neighbouring pixels."""
-    hsv = [np.asarray(image.convert("HSV"), np.float32) / 255 for image in images]
-    steps = [np.abs(np.diff(np.asarray(image.convert("L"), np.float32) / 255, axis=a)).mean()
-             for image in images for a in (0, 1)]
-    return {"image/brightness": torch.tensor([p[..., 2].mean() for p in hsv]),
-            "image/saturation": torch.tensor([p[..., 1].mean() for p in hsv]),
-            "image/edges": torch.tensor(steps).view(-1, 2).mean(1)}
-
-
 def diversity(images, group_size):
     """Mean distance of two pictures of one group, at 32 x 32: root mean square over pixels, in [0, 1]. A
     policy that paints one picture for all has none. Returns one number a group."""

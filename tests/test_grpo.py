@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +43,11 @@ def test_a_failed_score_gets_no_advantage_and_does_not_move_the_others():
 
 def test_a_group_with_at_most_one_score_teaches_nothing():
     assert (grpo.group_advantages(torch.tensor([NAN, 1.0, NAN, NAN]), 2) == 0).all()
+
+
+def test_raft_imitates_the_best_of_each_group():
+    rewards = torch.tensor([1.0, NAN, 3.0, 5.0, 5.0, 5.0])
+    assert grpo.group_advantages(rewards, 3, "best").tolist() == [0, 0, 1, 0, 0, 0]  # a unanimous group has no best
 
 
 def test_dr_grpo_does_not_divide_and_flow_grpo_divides_by_the_whole_batch():
@@ -132,7 +138,8 @@ def step(cfg, policy, reference, learning_rate=0.0):
     advantages = grpo.group_advantages(torch.arange(8.0) ** 2, 4)
     optimizer = torch.optim.SGD(grpo.trainable(policy), lr=learning_rate)
     metrics = grpo.update(policy, grpo.all_logprobs(reference, rollouts, cfg), optimizer, rollouts, advantages, cfg)
-    return metrics, torch.cat([p.grad.flatten() for p in grpo.trainable(policy) if p.grad is not None])
+    gradients = [p.grad.flatten() for p in grpo.trainable(policy) if p.grad is not None]
+    return metrics, torch.cat([torch.zeros(0), *gradients])
 
 
 def test_micro_batches_do_not_change_the_gradient():
@@ -166,8 +173,42 @@ def test_without_a_step_away_from_the_reference_the_kl_is_zero(guidance):
 def test_a_second_update_on_the_same_rollouts_has_a_ratio_and_may_be_clipped():
     policy = generate.load_policy("tiny")
     reference = copy.deepcopy(policy)
-    metrics, _ = step(config(updates_per_rollout=4, max_grad_norm=1e9), policy, reference, learning_rate=2.0)
+    metrics, _ = step(config(updates_per_rollout=4, max_grad_norm=1e9), policy, reference, learning_rate=0.2)
     assert metrics["clip_ratio"] > 0
+
+
+def test_a_step_whose_gradient_is_no_number_is_not_taken(monkeypatch):
+    policy = generate.load_policy("tiny")
+    before = [p.clone() for p in grpo.trainable(policy)]
+    monkeypatch.setattr(grpo, "grpo_loss", lambda logprobs, *_: logprobs * NAN)
+    metrics, _ = step(config(updates_per_rollout=2), policy, policy, learning_rate=1.0)
+    assert metrics["skipped"] == 1 and all((a == b).all() for a, b in zip(before, grpo.trainable(policy)))
+
+
+def test_five_skipped_steps_in_a_row_end_the_run():
+    state, metrics = {"skipped": 4}, {"failed": 0.0}
+    assert grpo.what_is_wrong(metrics, state, {}, config()) == ""
+    assert "gradients" in grpo.what_is_wrong(metrics, state | {"skipped": 5}, {}, config())
+    assert "no score" in grpo.what_is_wrong({"failed": 0.9}, state, {}, config())
+
+
+def test_a_rollout_that_does_not_fit_is_made_in_two_halves_and_is_the_same(policy, monkeypatch):
+    cfg, rows = config(), generate.load_prompts(config().prompts)
+    jobs = [(i, k) for i in range(3) for k in range(2)]
+    whole, sample, sizes = grpo.rollout(policy, rows, jobs, 0, cfg), generate.sample, []
+
+    def small_memory(policy, prompts, *args):
+        sizes.append(len(prompts))
+        if len(prompts) > 4:
+            raise torch.OutOfMemoryError("no room")
+        return sample(policy, prompts, *args)
+
+    monkeypatch.setattr(generate, "sample", small_memory)
+    halves = grpo.rollout(policy, rows, jobs, 0, cfg)
+    assert sizes == [6, 3, 3] and halves.thoughts == whole.thoughts
+    assert torch.equal(halves.image_ids, whole.image_ids) and torch.equal(halves.mask, whole.mask)
+    with pytest.raises(torch.OutOfMemoryError):  # once, and not down to nothing
+        grpo.rollout(policy, rows, jobs * 2, 0, cfg)
 
 
 def test_every_prompt_comes_once_an_epoch_in_an_order_that_only_the_seed_decides():
@@ -190,6 +231,8 @@ def test_best_of_n_is_the_expectation_over_all_draws():
 # --- whole runs, as a user starts them
 
 SMALL = [
+    "--rewards",
+    "hps,artifact,adversarial",
     "--num-generations",
     "2",
     "--prompts-per-step",
@@ -328,32 +371,40 @@ def test_a_run_that_goes_on_keeps_its_flags(whole_run, capsys):
     assert stop.value.code == 2 and "was started with --learning-rate" in capsys.readouterr().err
 
 
-def test_sigterm_ends_with_a_checkpoint(tmp_path):
-    process = start(
-        [
-            *SMALL,
-            "--max-steps",
-            "1000",
-            "--output-dir",
-            str(tmp_path),
-            "--run-name",
-            "long",
-            "--save-steps",
-            "1000",
-        ]
-    )
+def test_sigterm_ends_with_a_checkpoint_and_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    where = ["--output-dir", str(tmp_path), "--run-name", "long"]
+    process = start([*SMALL, "--max-steps", "1000", *where, "--save-steps", "1000"])
     log = tmp_path / "long/metrics.jsonl"
     while not log.exists() and process.poll() is None:
         time.sleep(0.05)
+    with pytest.raises(SystemExit):
+        files.lock(tmp_path / "long")
+    started = time.monotonic()
     process.terminate()
-    finish(process, 143)
+    _, err = finish(process, 143)
+    assert time.monotonic() - started < 30 and "asked to stop" in err
     assert len(files.checkpoints(tmp_path / "long")) == 1
+    files.lock(tmp_path / "long").close()  # and the folder is free again
 
 
-def test_two_processes_learn_what_one_does(whole_run, tmp_path):
-    finish(
-        start([*SMALL, "--max-steps", "1", "--output-dir", str(tmp_path), "--run-name", "two"], processes=2)
-    )
+def test_a_kill_while_saving_leaves_the_checkpoint_before_it_whole(whole_run, monkeypatch, policy, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copytree(files.checkpoints(whole_run)[-1], tmp_path / "checkpoints" / "step-000004")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)  # the policy's files are written, the optimizer's are not
+    with pytest.raises(KeyboardInterrupt):
+        optimizer = torch.optim.AdamW(grpo.trainable(policy))
+        files.save_checkpoint(tmp_path, {"step": 5}, policy, optimizer, {}, keep=2)
+    assert [folder.name for folder in files.checkpoints(tmp_path)] == ["step-000004"]
+    generate.load_policy(str(files.checkpoints(tmp_path)[-1]))
+
+
+def test_two_processes_learn_what_one_does_and_one_goes_on_where_two_stopped(whole_run, tmp_path):
+    where = [*SMALL, "--output-dir", str(tmp_path), "--run-name", "two"]
+    finish(start([*where, "--max-steps", "1"], processes=2))
     one, two = metrics_of(whole_run)[0], metrics_of(tmp_path / "two")[0]
     assert two == pytest.approx(one, abs=1e-5)
     by_key = [
@@ -364,6 +415,10 @@ def test_two_processes_learn_what_one_does(whole_run, tmp_path):
         assert record["thought"] == by_key[1][key]["thought"] and record["hps"] == pytest.approx(
             by_key[1][key]["hps"], abs=1e-5
         )
+    finish(start([*where, "--max-steps", "2", "--resume", "latest"]))
+    assert [line["step"] for line in metrics_of(tmp_path / "two")] == [0, 1]
+    for name in ("reward/hps", "kl", "adversarial/margin"):
+        assert metrics_of(tmp_path / "two")[1][name] == pytest.approx(metrics_of(whole_run)[1][name], abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -377,6 +432,8 @@ def test_two_processes_learn_what_one_does(whole_run, tmp_path):
         (["--max-steps", "0"], "greater than 0"),
         (["--resume", "/nowhere"], "no checkpoints"),
         (["--combine", "constrained", "--rewards", "hps"], "needs two rewards"),
+        (["--eval-rewards", "adversarial", "--rewards", "hps"], "unless it learns"),
+        (["--references", "/nowhere", "--rewards", "adversarial"], "manifest.jsonl"),
     ],
 )
 def test_bad_usage_is_one_clear_line_before_anything_is_loaded(args, rule, capsys, tmp_path):
