@@ -20,9 +20,7 @@ Left out: any made-up score. A judge that does not answer, or answers neither ye
 no score: NaN. (The released code gives such a picture 1.0, a perfect score.)   Read next: grpo.py
 """
 
-import base64
 import collections
-import io
 import itertools
 import math
 import random
@@ -40,6 +38,7 @@ from PIL import Image, ImageDraw
 import report
 from files import HERE, atomic, usage_error
 from generate import pick_device
+from serving import data_url
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"  # where `vllm serve MODEL --port 8000` listens
 TOP = 20  # logprobs of the first token that are looked at; 20 is the most that servers give
@@ -122,10 +121,7 @@ class LocalJudge:
 
 def picture_part(image):
     """A picture as a part of a chat message."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")  # not JPEG: its blocks and ringing are artifacts
-    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": url}}
+    return {"type": "image_url", "image_url": {"url": data_url(image)}}
 
 
 class ServedJudge:
@@ -207,6 +203,7 @@ class ArtifactReward:
     needs = ("judge",)
     checkpoint = "Qwen/Qwen2.5-VL-7B-Instruct"
     reference = "ArtifactReward, arXiv:2601.03468"
+    how = "vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8000"
 
     def __init__(self, device="cpu", checkpoint=None, judge_urls=(), judge_model=None, question=None):
         if checkpoint and not judge_urls:

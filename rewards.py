@@ -9,7 +9,9 @@ choose between a clean picture and a broken one taught it nothing about breakage
 asked about nothing else. Several opinions become one number, or one verdict, in `combine`.
 
 Run:   python rewards.py --list
-       python rewards.py score hps outputs/00000/samples/*.png --prompt "a red star"
+       python rewards.py --list --verbose             also: the command that downloads or starts each
+       python rewards.py score hps,stats outputs/00000/samples/*.png --prompt "a red star"
+       python rewards.py score hps,gold --images outputs --prompts tiny/prompts/test.jsonl
        python rewards.py serve hps --port 8100        then, elsewhere: --rewards hps@http://HOST:8100
 
 You should see:  a line per reward, with its range and what it needs; then a score per picture.
@@ -18,32 +20,28 @@ Left out: anything that trains. The same object serves as training reward and as
 one it is, is decided in grpo.py and nowhere else.   Read next: artifact_reward.py
 """
 
-import base64
 import io
-import json
 import math
 import re
 import sys
-import threading
-import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Annotated, Literal
 
-import requests
+import numpy as np
 import torch
 import tyro
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import report
+from adversarial_reward import Adversarial, AdversarialPickScore
 from alignment_rewards import GIT, GDino
-from artifact_reward import ArtifactReward, picture_part
+from artifact_reward import ArtifactReward
 from files import HERE, usage_error
 from generate import pick_device
+from serving import Elsewhere, serve
 
 # --- on a CLIP: what people prefer -------------------------------------------------------------
 
@@ -152,6 +150,7 @@ class HPS(Clip):
     range = (-1.0, 1.0)
     checkpoint = "xswu/HPSv2"
     reference = "HPSv2, arXiv:2306.09341"
+    how = "hf download xswu/HPSv2 HPS_v2.1_compressed.pt && hf download laion/CLIP-ViT-H-14-laion2B-s32B-b79K *.json merges.txt"
 
     def __init__(self, device="cpu", checkpoint=None):
         folder = Path(checkpoint or self.checkpoint)
@@ -200,12 +199,12 @@ class Aesthetic(Clip):
     checkpoint = "openai/clip-vit-large-patch14"
     reference = "github.com/LAION-AI/aesthetic-predictor"
     head = "sa_0_4_vit_l_14_linear.pth"
+    how = f"curl -LO https://github.com/LAION-AI/aesthetic-predictor/raw/main/{head}"
 
     def __init__(self, device="cpu", checkpoint=None):
         folder = Path(checkpoint or ".")
         if not (folder / self.head).is_file():
-            usage_error(f"aesthetic: {folder / self.head} is missing; it is 4 kB: curl -LO "
-                        f"https://github.com/LAION-AI/aesthetic-predictor/raw/main/{self.head}")
+            usage_error(f"aesthetic: {folder / self.head} is missing; it is 4 kB: {self.how}")
         base = str(folder) if (folder / "config.json").is_file() else self.checkpoint
         self.prepare(CLIPModel.from_pretrained(base), base, device)
         self.linear = torch.nn.Linear(self.model.config.projection_dim, 1).to(device).requires_grad_(False)
@@ -235,6 +234,7 @@ class ImageReward(Clip):
     range = (-3.0, 3.0)
     checkpoint = "zai-org/ImageReward"
     reference = "ImageReward, arXiv:2304.05977"
+    how = "hf download zai-org/ImageReward ImageReward.pt && hf download bert-base-uncased vocab.txt"
     mean, std, length = 0.16717362830052426, 1.0333394966054072, 35
 
     def __init__(self, device="cpu", checkpoint=None):
@@ -326,92 +326,68 @@ class Jpeg:
         return torch.tensor(sizes)
 
 
-# --- rewards that live elsewhere ----------------------------------------------------------------
+class Statistic:
+    """What hacked pictures often give away, each in [0, 1]: watched, never trained on. `stats` names all four."""
 
-
-class Elsewhere:
-    """The same contract over HTTP: `python rewards.py serve NAME --port P` there, NAME@http://HOST:P here. For
-    models that need another machine, or an environment of their own. One time-out, a few tries, then NaN."""
-
-    needs = ("network",)
+    range = (0.0, 1.0)
+    needs = ()
     checkpoint = None
-    remote = True
+    reference = "hacked pictures look alike"
+    only_watched = True
 
-    def __init__(self, name, url, timeout=60.0, tries=3):
-        self.url, self.timeout, self.tries, self.failures = url, timeout, tries, Counter()
-        try:
-            about = requests.get(f"{url}/about", timeout=10).json()
-        except (requests.RequestException, ValueError) as problem:
-            usage_error(f"no reward answers at {url} ({type(problem).__name__}); start it there with "
-                        f"`python rewards.py serve {name} --port {url.rpartition(':')[2]}`")
-        if about["name"] != name:
-            usage_error(f"{name}@{url}: {about['name']!r} is served there; name that, or another address")
-        self.range, self.reference = tuple(about["range"]), about["reference"]
-
-    def __call__(self, prompts, images, metadata=None):
-        scores, metadata = [], list(metadata or [{}] * len(images))
-        for i in range(0, len(images), 64):
-            scores += self.ask(list(prompts[i : i + 64]), images[i : i + 64], metadata[i : i + 64])
-        return torch.tensor([math.nan if value is None else value for value in scores])
-
-    def ask(self, prompts, images, metadata):
-        body = {"prompts": prompts, "metadata": metadata,
-                "images": [picture_part(image)["image_url"]["url"] for image in images]}
-        for attempt in range(self.tries):
-            try:
-                reply = requests.post(f"{self.url}/score", json=body, timeout=self.timeout)
-                scores = reply.json()["scores"] if reply.ok else []
-                if len(scores) == len(images):
-                    return scores
-                problem = f"{reply.status_code}, {len(scores)} scores for {len(images)} pictures: {reply.text[:200]}"
-            except (requests.RequestException, ValueError, KeyError, TypeError) as raised:
-                problem = f"{type(raised).__name__}: {str(raised)[:200]}"
-            time.sleep(0.5 * 2**attempt)
-        self.failures[problem] += len(images)
-        return [math.nan] * len(images)
-
-
-class Served(BaseHTTPRequestHandler):
-    """The other end of Elsewhere. `reward` and `name` are set by `serve`."""
-
-    reward, name, lock, largest = None, "", threading.Lock(), 2**28
-
-    def log_message(self, *_):
+    def __init__(self, device="cpu", checkpoint=None):
         pass
 
-    def reply(self, status, body):
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self):
-        bounds = [value if math.isfinite(value) else 1e9 * (1 if value > 0 else -1) for value in self.reward.range]
-        self.reply(200, {"name": self.name, "range": bounds, "reference": self.reward.reference})
-
-    def do_POST(self):
-        length = int(self.headers.get("Content-Length", 0))
-        if length > self.largest:
-            return self.reply(413, {"error": f"more than {self.largest} bytes; send fewer pictures"})
-        try:
-            asked = json.loads(self.rfile.read(length))
-            images = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
-                      for url in asked["images"]]
-            prompts, metadata = asked["prompts"], asked["metadata"]
-            if not len(prompts) == len(images) == len(metadata):
-                raise ValueError("prompts, images and metadata differ in number")
-        except (ValueError, KeyError, TypeError, OSError) as problem:
-            return self.reply(400, {"error": f"{type(problem).__name__}: {problem}"})
-        with self.lock:  # one model, one batch at a time
-            scores = score({self.name: self.reward}, prompts, images, metadata)[self.name].tolist()
-        self.reply(200, {"scores": [None if math.isnan(value) else value for value in scores]})
+    def __call__(self, prompts, images, metadata=None):
+        return torch.tensor([float(self.measure(image)) for image in images])
 
 
-def serve(name, reward, port, host="127.0.0.1"):
-    """A server for one reward; .serve_forever() runs it, .server_port is its port."""
-    handler = type("ServedReward", (Served,), {"reward": reward, "name": name})
-    return ThreadingHTTPServer((host, port), handler)
+class Brightness(Statistic):
+    """Mean value, of hue, saturation and value."""
+
+    measure = staticmethod(lambda image: np.asarray(image.convert("HSV"), np.float32)[..., 2].mean() / 255)
+
+
+class Saturation(Statistic):
+    """Mean saturation: preference models like colours, and policies find out."""
+
+    measure = staticmethod(lambda image: np.asarray(image.convert("HSV"), np.float32)[..., 1].mean() / 255)
+
+
+class Edges(Statistic):
+    """Mean step between neighbouring pixels of the grey picture: texture, grain, grids."""
+
+    @staticmethod
+    def measure(image):
+        grey = np.asarray(image.convert("L"), np.float32) / 255
+        return np.mean([np.abs(np.diff(grey, axis=axis)).mean() for axis in (0, 1)])
+
+
+class Entropy(Statistic):
+    """Entropy of the colours, in 4 x 4 x 4 boxes, as a share of the largest there can be."""
+
+    @staticmethod
+    def measure(image):
+        boxes = np.asarray(image.convert("RGB"), np.int64) // 64 @ (16, 4, 1)
+        share = np.bincount(boxes.ravel(), minlength=64) / boxes.size
+        return -(share[share > 0] * np.log(share[share > 0])).sum() / np.log(64)
+
+
+# --- in an environment of its own ----------------------------------------------------------------
+
+
+class DeQA:
+    """DeQA-Score (arXiv:2501.11561): a model of 8 B parameters that grades photographs, 1 to 5, without the prompt. Its
+    code needs transformers 4.36 and cannot live in this process; servers/deqa.py runs it, in an environment of its own."""
+
+    range = (1.0, 5.0)
+    needs = ("server",)
+    checkpoint = "zhiyuanyou/DeQA-Score-Mix3"
+    reference = "DeQA-Score, arXiv:2501.11561"
+    how = "see the first lines of servers/deqa.py; then deqa@http://127.0.0.1:8101"
+
+    def __init__(self, device="cpu", checkpoint=None):
+        usage_error(f"deqa works in an environment of its own, {self.how}")
 
 
 # --- gold: the truth, where there is one ------------------------------------------------------
@@ -466,14 +442,24 @@ REWARDS = {
     "pickscore": PickScore,
     "imagereward": ImageReward,
     "aesthetic": Aesthetic,
+    "deqa": DeQA,
     "gdino": GDino,
     "git": GIT,
     "artifact": ArtifactReward,
+    "adversarial": Adversarial,
+    "adversarial-pickscore": AdversarialPickScore,
     "jpeg": Jpeg,
+    "brightness": Brightness,
+    "saturation": Saturation,
+    "edges": Edges,
+    "entropy": Entropy,
     "gold": Gold,
     "gold-aligned": GoldAligned,
     "gold-clean": GoldClean,
 }
+
+
+STATS = tuple(name for name, kind in REWARDS.items() if issubclass(kind, Statistic))
 
 
 def load(name, device="cpu", checkpoint=None, url=None, **options):
@@ -484,7 +470,7 @@ def load(name, device="cpu", checkpoint=None, url=None, **options):
     if url:
         return Elsewhere(name, url)
     if checkpoint == "tiny":
-        checkpoint = HERE / "tiny" / name
+        checkpoint = HERE / "tiny" / getattr(REWARDS[name], "folder", name)
         if REWARDS[name].checkpoint and not checkpoint.is_dir():
             usage_error(f"{name} has no tiny checkpoint; take the published one (a --model other than tiny)")
     return REWARDS[name](device=device, checkpoint=checkpoint, **options)
@@ -503,7 +489,8 @@ def addresses(text):
 def parse_all(text):
     """(name, weight, address or None) of each part; name, name:weight, name@http://host:port[:weight]."""
     found = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in (name for part in parts for name in (STATS if part == "stats" else [part])):
         name, url, weight = re.fullmatch(r"([^:@]*)(?:@(https?://[^/:]+:\d+))?(?::(.*))?|.*", part).groups()
         try:
             value = float(weight or 1)
@@ -616,43 +603,59 @@ def update_multipliers(multipliers, scores, floors, rate=0.1):
 @dataclass
 class Config:
     command: Annotated[Literal["", "score", "serve"], tyro.conf.Positional] = ""  # what to do
-    reward: Annotated[str, tyro.conf.Positional] = ""  # score, serve: which reward
-    images: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # score: picture files
+    reward: Annotated[str, tyro.conf.Positional] = ""  # score: which rewards; serve: which one
+    files: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # score: picture files
     list: bool = False  # list all rewards
+    verbose: bool = False  # list: also how to get each checkpoint, or start its server
     prompt: str = ""  # score: what the pictures were to show
+    images: str = ""  # score: or a folder of pictures, as evaluate.py
+    prompts: str = ""  # score: and the file of their prompts
     model: str = "tiny"  # "tiny" for our checkpoints, "real" for the published ones
     checkpoint: str | None = None  # or a folder of your own
     port: int = 8100  # serve: where to listen
     host: str = "127.0.0.1"  # serve: 0.0.0.0 lets other machines in
 
 
+def overview(verbose):
+    rows = []
+    for name, kind in REWARDS.items():
+        rows.append({"name": name, "range": f"{kind.range[0]:g} to {kind.range[1]:g}", "needs": ", ".join(kind.needs) or "-",
+                     "checkpoint": kind.checkpoint or "-", "reference": kind.reference})
+        if verbose:
+            rows[-1]["to have it"] = getattr(kind, "how", f"hf download {kind.checkpoint}" if kind.checkpoint else "-")
+    return rows
+
+
 def main(cfg):
     if cfg.list or not cfg.command:
-        rows = [{"name": name, "range": f"{kind.range[0]:g} to {kind.range[1]:g}", "needs": ", ".join(kind.needs) or "-",
-                 "checkpoint": kind.checkpoint or "-", "reference": kind.reference} for name, kind in REWARDS.items()]
-        return print("\n".join(report.markdown(rows)))
-    parsed = parse_all(cfg.reward)
-    if len(parsed) != 1:
-        usage_error(f"{cfg.reward!r}: one reward at a time here; evaluate.py scores a folder with many")
-    (name, _, url), = parsed
-    if cfg.command == "score" and not cfg.images:
-        usage_error('give pictures as well: python rewards.py score hps picture.png --prompt "a red star"')
-    checkpoint = cfg.checkpoint or ("tiny" if cfg.model == "tiny" else None)
-    reward = load(name, pick_device("auto")[0], checkpoint, url)
+        return print("\n".join(report.markdown(overview(cfg.verbose))))
+    if cfg.command == "score" and cfg.images:
+        import evaluate  # uphill, for once: scoring a folder is its business
+
+        return evaluate.main(evaluate.Config(images=cfg.images, prompts=cfg.prompts, rewards=cfg.reward, model=cfg.model))
+    parsed, checkpoint = parse_all(cfg.reward), cfg.checkpoint or ("tiny" if cfg.model == "tiny" else None)
+    if not parsed or len(parsed) > 1 and cfg.command == "serve":
+        usage_error(f"{cfg.reward!r}: name a reward to score with, or one to serve; --list shows them")
+    if cfg.command == "score" and not cfg.files:
+        usage_error('give pictures as well: python rewards.py score hps picture.png --prompt "a red star", or a folder, '
+                    "--images DIR --prompts FILE")
+    loaded = {name: load(name, pick_device("auto")[0], checkpoint, url) for name, _, url in parsed}
     if cfg.command == "serve":
+        (name, reward), = loaded.items()
         server = serve(name, reward, cfg.port, cfg.host)
         print(f"use it as --rewards {name}@http://{cfg.host}:{server.server_port}", flush=True)
         return server.serve_forever()
-    failed = 0
-    for path in cfg.images:
+    rows = []
+    for path in cfg.files:
         try:
-            value = reward([cfg.prompt], [Image.open(path).convert("RGB")]).item()
-        except OSError as problem:  # one bad picture costs one score
+            image = Image.open(path).convert("RGB")
+            scores = {name: reward([cfg.prompt], [image]).item() for name, reward in loaded.items()}
+        except OSError as problem:  # one bad picture costs one line
             print(f"error: {path}: not a readable picture ({problem})", file=sys.stderr)
-            value = math.nan
-        failed += math.isnan(value)
-        print(f"{value:8.4f}  {path}")
-    sys.exit(3 if failed else 0)
+            scores = dict.fromkeys(loaded, math.nan)
+        rows.append(scores | {"picture": path})
+    print("\n".join(report.markdown(rows)))
+    sys.exit(3 if any(math.isnan(row[name]) for row in rows for name in loaded) else 0)
 
 
 if __name__ == "__main__":

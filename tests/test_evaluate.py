@@ -358,12 +358,6 @@ def test_a_group_of_one_picture_has_no_diversity():
     assert hacking.diversity(black_white, 2) == pytest.approx([1.0])
 
 
-def test_image_statistics_by_hand():
-    got = hacking.image_statistics([picture((0, 0, 0)), picture((255, 0, 0))])
-    assert got["image/brightness"].tolist() == [0, 1] and got["image/saturation"].tolist() == [0, 1]
-    assert got["image/edges"].tolist() == [0, 0]
-
-
 def test_a_sheet_gives_its_pictures_back(tmp_path):
     images = [picture((i, 2 * i, 0)) for i in range(21)]
     hacking.save_sheet(images, tmp_path / "sheet.png")

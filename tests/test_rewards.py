@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import re
 import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -14,7 +18,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import artifact_reward
 import generate
+import grpo
 import rewards
+import serving
 
 NAN = math.nan
 
@@ -116,6 +122,23 @@ def test_a_reward_of_the_wrong_length_stops_the_run():
         rewards.score({"x": lambda *_: torch.zeros(2)}, ["p"] * 3, [None] * 3)
 
 
+def test_image_statistics_by_hand():
+    black, red = (Image.new("RGB", (8, 8), color) for color in ((0, 0, 0), (255, 0, 0)))
+    half = black.copy()
+    half.paste((255, 255, 255), (4, 0, 8, 8))
+    got = rewards.score({name: rewards.load(name) for name in rewards.STATS}, ["p"] * 3, [black, red, half])
+    assert got["brightness"].tolist() == [0, 1, 0.5] and got["saturation"].tolist() == [0, 1, 0]
+    assert got["edges"].tolist() == [0, 0, pytest.approx((1 / 7 + 0) / 2)]  # one step in seven, across; none down
+    assert got["entropy"].tolist() == [0, 0, pytest.approx(1 / 6)]  # one bit of the six that 64 boxes can have
+
+
+def test_stats_names_all_four_and_none_of_them_trains(capsys):
+    assert tuple(rewards.parse("hps,stats")) == ("hps", *rewards.STATS)
+    with pytest.raises(SystemExit):
+        grpo.check(grpo.Config(rewards="hps,edges"), 1)
+    assert "can only be watched" in capsys.readouterr().err
+
+
 # --- rewards on a CLIP, against transformers' own forward pass
 
 
@@ -197,7 +220,7 @@ def test_a_reward_elsewhere_gives_the_same_numbers(hps, served):
 
 def test_a_server_that_dies_gives_nan_and_its_reason(served, monkeypatch):
     remote = rewards.load("hps", url=served)
-    monkeypatch.setattr(rewards.time, "sleep", lambda _: None)
+    monkeypatch.setattr(serving.time, "sleep", lambda _: None)
     remote.url = "http://127.0.0.1:9"
     assert remote(ASKED, PHOTOS).isnan().all() and "ConnectionError" in next(iter(remote.failures))
 
@@ -218,6 +241,25 @@ def test_nobody_at_the_address_is_said_at_once(capsys):
     with pytest.raises(SystemExit):
         rewards.load("hps", url="http://127.0.0.1:9")
     assert "rewards.py serve hps --port 9" in capsys.readouterr().err
+
+
+def test_deqa_lives_in_an_environment_of_its_own(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        rewards.load("deqa")
+    assert "servers/deqa.py" in capsys.readouterr().err
+    # Its server, with a stand-in for the package of that environment: what is tested is the way there and back.
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/__init__.py").write_text(
+        "import torch\nclass Scorer:\n    def __init__(self, pretrained, device): pass\n"
+        "    def __call__(self, images): return torch.tensor([image.width / 8 for image in images]).half()\n")
+    server = subprocess.Popen([sys.executable, "servers/deqa.py", "--port", "0"], cwd=rewards.HERE, text=True,
+                              stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    try:
+        url = re.search(r"http://[\d.:]+", server.stdout.readline())[0]
+        images = [Image.new("RGB", (8 * (i % 5 + 1), 8)) for i in range(19)]  # more than two batches
+        assert rewards.load("deqa", url=url)(["p"] * 19, images).tolist() == [i % 5 + 1 for i in range(19)]
+    finally:
+        server.kill()
 
 
 def test_addresses_and_weights_do_not_get_mixed_up():
