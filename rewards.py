@@ -41,6 +41,7 @@ from alignment_rewards import GIT, GDino
 from artifact_reward import ArtifactReward
 from files import HERE, usage_error
 from generate import pick_device
+from maniqa import ManiqaReward
 from serving import Elsewhere, serve
 
 # --- on a CLIP: what people prefer -------------------------------------------------------------
@@ -442,6 +443,7 @@ REWARDS = {
     "pickscore": PickScore,
     "imagereward": ImageReward,
     "aesthetic": Aesthetic,
+    "maniqa": ManiqaReward,
     "deqa": DeQA,
     "gdino": GDino,
     "git": GIT,
