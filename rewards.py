@@ -43,6 +43,7 @@ from files import HERE, usage_error
 from generate import pick_device
 from maniqa import ManiqaReward
 from serving import Elsewhere, serve
+from vlm_rewards import ORM, Unified, VQAScore
 
 # --- on a CLIP: what people prefer -------------------------------------------------------------
 
@@ -447,6 +448,9 @@ REWARDS = {
     "deqa": DeQA,
     "gdino": GDino,
     "git": GIT,
+    "orm": ORM,
+    "vqascore": VQAScore,
+    "unified": Unified,
     "artifact": ArtifactReward,
     "adversarial": Adversarial,
     "adversarial-pickscore": AdversarialPickScore,

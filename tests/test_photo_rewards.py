@@ -56,3 +56,86 @@ def test_a_missing_maniqa_is_named_with_the_command_that_fetches_it(capsys, tmp_
     with pytest.raises(SystemExit):
         rewards.load("maniqa", checkpoint=tmp_path)
     assert "curl -LO" in capsys.readouterr().err
+
+
+# --- ORM and UnifiedReward, in LLaVA's format
+
+
+@pytest.fixture(scope="module")
+def orm():
+    reward = rewards.load("orm", checkpoint=DATA / "orm")
+    reward.question = recorded("orm")[0]["question template"]
+    return reward
+
+
+def test_orm_computes_what_the_original_computed(orm):
+    known, images = recorded("orm")
+    for prompt, expected in known["scores"].items():
+        expected = torch.tensor(expected)
+        assert (orm([prompt] * len(images), images) - expected).abs().max() < 1e-5 and expected.std() > 1e-2
+
+
+def test_questions_of_different_lengths_do_not_disturb_each_other(orm):
+    known, images = recorded("orm")
+    prompts = [*known["scores"]]
+    together = orm(prompts * 2, images[:6])
+    alone = torch.cat([orm([prompt], [image]) for prompt, image in zip(prompts * 2, images)])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_a_prompt_that_says_image_is_no_second_picture(orm):
+    _, images = recorded("orm")
+    assert orm(["a <image> of a star"], images[:1]).isfinite().all()
+
+
+def test_unified_in_llavas_format_writes_and_what_is_no_score_is_no_number(monkeypatch):
+    _, images = recorded("orm")
+    reward = rewards.load("unified", checkpoint=DATA / "orm")
+    reward.longest = 4
+    assert reward(["a star"] * 2, images[:2]).isnan().all()  # random weights write nonsense
+    texts = iter(["Final Score: 4", "no idea", "Final Score: 9"])
+    monkeypatch.setattr(reward.here, "write", lambda asked, *_: [next(texts) for _ in asked])
+    assert reward(["a star"] * 3, images[:3]).tolist()[0] == 4
+    assert reward.question.replace("{}", "x") != reward.question
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        rewards.load("orm", checkpoint=generate_tokenizer(tmp_path))
+    assert "no *.safetensors" in capsys.readouterr().err
+
+
+def generate_tokenizer(folder):
+    for file in (DATA / "orm").iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+# --- VQAScore
+
+
+@pytest.fixture(scope="module")
+def vqascore():
+    reward = rewards.load("vqascore", checkpoint=DATA / "vqascore", vision_heads=4)
+    reward.question = recorded("vqascore")[0]["question template"]
+    return reward
+
+
+def test_vqascore_computes_what_the_original_computed(vqascore):
+    known, images = recorded("vqascore")
+    for prompt, expected in known["scores"].items():  # of the order of .003, so the difference is relative
+        expected = torch.tensor(expected)
+        assert (vqascore([prompt] * len(images), images) / expected - 1).abs().max() < 1e-4
+        assert expected.std() / expected.mean() > 1e-2
+
+
+def test_vqascore_of_a_batch_is_that_of_each_alone(vqascore):
+    known, images = recorded("vqascore")
+    prompts = [*known["scores"]]
+    alone = torch.cat([vqascore([prompt], [image]) for prompt, image in zip(prompts, images)])
+    assert torch.allclose(vqascore(prompts, images[:3]) / alone, torch.ones(3), atol=1e-4)
+
+
+def test_the_head_of_t5_is_not_its_embedding(vqascore):
+    assert not torch.equal(vqascore.t5.lm_head.weight, vqascore.t5.shared.weight)
