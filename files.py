@@ -135,24 +135,33 @@ def parse_prompts(text, path):
 # --- the run folder -----------------------------------------------------------------------------
 
 
-def save_checkpoint(run, state, policy, optimizer, learners, keep):
-    """checkpoints/step-000100: the policy in the Hugging Face format, the optimizer, the rewards that learn, the
-    counters. Written
-    under another name and renamed when complete, so that a kill leaves the previous one whole."""
+def save_checkpoint(run, state, policy, weights, extra, keep):
+    """checkpoints/step-000100: the policy in the Hugging Face format with a model card, the counters, and a .pt file for
+    each of `extra` (the optimizer, the rewards that learn). Written under another name and renamed when complete, so
+    that a kill leaves the previous one whole."""
     folder = run / "checkpoints" / f"step-{state['step']:06d}"
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    policy.save(partial)
-    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-    for name, reward in learners.items():
-        torch.save(reward.state_dict(), partial / f"{name}.pt")
+    policy.save(partial, weights)
+    for name, value in extra.items():
+        torch.save(value, partial / f"{name}.pt")
+    (partial / "README.md").write_text(model_card(run, state["step"]), encoding="utf-8")
     with atomic(partial / "state.json") as file:
         json.dump(state, file)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
+
+
+def model_card(run, step):
+    """What this checkpoint is: the command that made it, and its last test; what trained it is named as such."""
+    config, tests = json.loads((run / "config.json").read_text()), read_jsonl(run / "test.jsonl")
+    flags, rows = config["flags"], "\n".join(f"| {k} | {v:.4f} |" for k, v in tests[-1].items() if "/" not in k)
+    return (f"# {run.name}, step {step}\n\nMade from `{flags['model']}` by\n\n    {config['command']}\n\n"
+            f"Trained on `{flags['rewards']}`; only watched: `{flags['eval_rewards'] or 'nothing'}`. Last test:\n\n"
+            f"| measured | mean |\n|---|---|\n{rows}\n")
 
 
 def checkpoints(run):
@@ -199,7 +208,7 @@ def lock(run):
 # What may differ when a run goes on: where it runs and what it writes, not what it computes. (With other
 # --max-steps the learning rate falls along another line from here on: that is what extending a run means.)
 FREE = set("resume output_dir run_name max_steps save_steps save_total_limit eval_steps best_of judge_url device "
-           "max_failures micro_batch".split())
+           "max_failures micro_batch rollout_batch shard gradient_checkpointing report_to".split())
 
 
 def check_same_run(run, cfg):

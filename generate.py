@@ -66,9 +66,15 @@ class Policy:
         self.grid = self.model.config.vq_config.num_patches  # pictures are grid x grid tokens
         self.device = next(self.model.parameters()).device
 
-    def save(self, folder):
-        """A folder that load_policy, and JanusForConditionalGeneration.from_pretrained, open."""
-        self.model.save_pretrained(folder)
+    def inside(self, function, *args):
+        """function(*args), as one forward pass of the whole model: where the weights are spread over processes
+        (scale.py), they come together for it. Otherwise it is just a call."""
+        return self.model.inside(function, *args) if hasattr(self.model, "inside") else function(*args)
+
+    def save(self, folder, state=None):
+        """A folder that load_policy, and JanusForConditionalGeneration.from_pretrained, open. state: whole weights, where
+        the model itself has only shards."""
+        self.model.save_pretrained(folder, state_dict=state)
         self.processor.save_pretrained(folder)
         (Path(folder) / "reasoning.txt").write_text(self.reasoning + "\n", encoding="utf-8")
 
@@ -76,7 +82,7 @@ class Policy:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32):
+def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_image_head=False):
     """Any Janus in the Hugging Face format: a folder, a hub name, or "tiny" for the one we ship.
 
     The weights are float32 whatever `dtype` is: at a learning rate of 1e-6 a bfloat16 weight never
@@ -104,8 +110,9 @@ def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32):
     reasoning = (
         (own if own.is_file() else HERE / "prompts" / "reasoning.txt").read_text(encoding="utf-8").strip()
     )
+    trained = ("model.language_model.", "lm_head.") + (("model.generation_head.",) if train_image_head else ())
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(("model.language_model.", "lm_head.")))
+        parameter.requires_grad_(name.startswith(trained))
     return Policy(model, processor, reasoning, dtype)
 
 
@@ -257,8 +264,13 @@ def sample(policy, prompts, keys, cot=True, cfg_weight=None, max_thought=64):
     cfg_weight: guidance weight, None = the checkpoint's own (5 for Janus-Pro, 1 for tiny).
     Temperature is 1 and nothing is cut off: what is sampled from is exactly what `logprobs` scores."""
     cfg_weight = default_cfg(policy) if cfg_weight is None else cfg_weight
+    uniform = noise(keys, max_thought + policy.grid**2).to(policy.device)
+    return policy.inside(paint, policy, prompts, uniform, cot, cfg_weight, max_thought)
+
+
+def paint(policy, prompts, uniform, cot, cfg_weight, max_thought):
+    """Think, then paint, from these random numbers."""
     T = policy.grid**2
-    uniform = noise(keys, max_thought + T).to(policy.device)
     with policy.arithmetic():
         if cot:
             ids, mask = thought_context(policy, prompts)
@@ -328,6 +340,10 @@ def logprobs(policy, rollouts, cfg_weight=1.0):
     Returns (N, C+T) float32: the thought's tokens, then the image's; meaningful where rollouts.mask.
     cfg_weight is that of the distribution to score: the sampler's own for on-policy learning; 1 for
     the conditional branch alone, as T2I-R1 released it (see grpo.py, --guidance)."""
+    return policy.inside(score, policy, rollouts, cfg_weight)
+
+
+def score(policy, rollouts, cfg_weight):
     parts = []
     with policy.arithmetic():
         C = rollouts.thought_ids.shape[1]
@@ -392,11 +408,11 @@ def pipeline_painter(name_or_path, device, dtype, cfg_weight):
     pipeline.set_progress_bar_config(disable=True)
     guidance = {} if cfg_weight is None else {"guidance_scale": cfg_weight}
 
-    def paint(prompts, keys):
+    def by_pipeline(prompts, keys):
         images = pipeline(prompts, generator=[generator(key) for key in keys], **guidance).images
         return images, [""] * len(prompts)
 
-    return paint
+    return by_pipeline
 
 
 def painter(cfg):
@@ -415,11 +431,11 @@ def painter(cfg):
     policy = load_policy(cfg.model, device, dtype)
     weight = default_cfg(policy) if cfg.cfg_weight is None else cfg.cfg_weight
 
-    def paint(prompts, keys):
+    def by_policy(prompts, keys):
         rollouts = sample(policy, prompts, keys, cfg.cot, weight, cfg.max_thought)
         return rollouts.images, rollouts.thoughts
 
-    return paint, weight
+    return by_policy, weight
 
 
 # --- command line -----------------------------------------------------------------------------
@@ -462,7 +478,7 @@ def main(cfg):
         usage_error(f"--num-images {cfg.num_images} --batch-size {cfg.batch_size}: both must be at least 1")
     rows = load_prompts(cfg.prompts) if cfg.prompts else [{"id": "0", "prompt": cfg.prompt, "tag": ""}]
     rows = rows[: cfg.limit or None]
-    paint, weight = painter(cfg)
+    paint_all, weight = painter(cfg)
     root = Path(cfg.output_dir)
     manifest, entries = root / "manifest.jsonl", {}
     if manifest.exists():
@@ -484,7 +500,7 @@ def main(cfg):
     for start in tqdm(range(0, len(todo), cfg.batch_size), desc="painting", disable=len(todo) <= cfg.batch_size):
         batch = todo[start : start + cfg.batch_size]
         prompts, keys = [rows[i]["prompt"] for i, _, _ in batch], [(cfg.seed, 0, i, k) for i, k, _ in batch]
-        for (_, _, entry), image, thought in zip(batch, *paint(prompts, keys)):
+        for (_, _, entry), image, thought in zip(batch, *paint_all(prompts, keys)):
             with atomic(root / entry["path"], "wb") as file:
                 image.save(file, "PNG")
             digest = hashlib.sha256((root / entry["path"]).read_bytes()).hexdigest()

@@ -29,7 +29,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -41,6 +41,7 @@ import files
 import generate
 import hacking
 import rewards as reward_models
+import scale
 from files import HERE, usage_error
 from report import mean
 
@@ -78,6 +79,14 @@ class Config:
 
     seed: int = 42  # with step, prompt and sample number, all the randomness there is
     micro_batch: int = 64  # rollouts in one forward and backward pass
+    rollout_batch: int = 128  # rollouts that are painted at a time
+    train_image_head: bool = False  # train it, too; T2I-R1 does not
+    shard: bool = False  # FSDP2: every process keeps its share of weights and optimizer (scale.py)
+    lora_rank: int = 0  # train low-rank additions instead of the weights; 0: the weights
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    dry_run: bool = False  # print the plan, and whether it fits, and stop; needs neither GPU nor weights
+    world_size: int = 0  # dry run: of so many processes [as many as there are]
+    gpu_memory: float = 80  # dry run: GB of each
     device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; weights stay float32
     judge_url: tuple[str, ...] = ()  # judge server(s) [tiny: in-process; else http://127.0.0.1:8000/v1]
@@ -88,6 +97,7 @@ class Config:
     question: str | None = None  # put to the judge: a text or a file, such as apo.py writes [the judge's own]
     max_failures: float = 0.5  # stop when more than this share of a step's rollouts has no score
 
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # also log there, if it is installed
     output_dir: str = "runs"  # run folders go here
     run_name: str | None = None  # name of the run folder [made of model, rewards and seed]
     resume: str = "never"  # "latest", or a run folder: go on from its last checkpoint
@@ -184,6 +194,9 @@ def prompts_of_step(rows, step, cfg):
 def rollout(policy, rows, jobs, stream, cfg, halve=True):
     """One thought and one picture for each job (prompt index, sample number). `stream` keeps the noise of
     different uses apart: the step while training, -1 in tests, -2 for best-of-n."""
+    if len(jobs) > cfg.rollout_batch:
+        cut = range(0, len(jobs), cfg.rollout_batch)
+        return generate.join([rollout(policy, rows, jobs[i : i + cfg.rollout_batch], stream, cfg) for i in cut])
     keys = [(cfg.seed, stream, i, k) for i, k in jobs]
     weight = guidance_weights(cfg, policy)[0]
     prompts = [rows[i]["prompt"] for i, _ in jobs]
@@ -209,7 +222,12 @@ def all_logprobs(policy, rollouts, cfg):
     return torch.cat([generate.logprobs(policy, rollouts[s], weight) for s in slices(rollouts, cfg)])
 
 
-def update(policy, reference_logprobs, optimizer, rollouts, advantages, cfg):
+def reference_logprobs(policy, reference, rollouts, cfg):
+    with scale.as_reference(policy, reference) as original:
+        return all_logprobs(original, rollouts, cfg)
+
+
+def update(policy, reference_NS, optimizer, rollouts, advantages, cfg):
     """Teach: `updates_per_rollout` optimizer steps on these rollouts. Returns metrics.
 
     The average goes over all tokens of all processes ("token mean", as DAPO): a process with longer
@@ -219,30 +237,33 @@ def update(policy, reference_logprobs, optimizer, rollouts, advantages, cfg):
     old, loss_sum, clipped = [], 0.0, 0
     for repetition in range(cfg.updates_per_rollout):
         optimizer.zero_grad()
+        policy.body.train(cfg.gradient_checkpointing)  # transformers checkpoints in training mode only; no dropout in it
         for i, s in enumerate(slices(rollouts, cfg)):
             logprobs = generate.logprobs(policy, rollouts[s], weight)
             # pi_old is what this very computation gave before the first update, never what the sampler
             # gave: in bfloat16 the two differ, guidance multiplies the difference, and rho leaves the range.
             if repetition == 0:
                 old.append(logprobs.detach())
-            loss = grpo_loss(logprobs, old[i], reference_logprobs[s], advantages[s], mask[s],
+            loss = grpo_loss(logprobs, old[i], reference_NS[s], advantages[s], mask[s],
                              cfg.beta, cfg.epsilon, cfg.epsilon_high).sum() / tokens
             loss.backward()
             rho = (logprobs.detach() - old[i]).exp()
             clipped += (((rho < 1 - cfg.epsilon) | (rho > 1 + cfg.epsilon_high)) & mask[s]).sum().item()
             loss_sum += loss.item()
+        policy.body.eval()
         sum_gradients(policy)
-        norm = torch.nn.utils.clip_grad_norm_(trainable(policy), cfg.max_grad_norm)
+        norm = scale.whole(torch.nn.utils.clip_grad_norm_(trainable(policy), cfg.max_grad_norm))
         if not norm.isfinite():  # of the sum over all processes, so they agree: nobody takes this step
             optimizer.zero_grad()
             break
         optimizer.step()
-    kl = torch.where(mask, kl_k3(torch.cat(old), reference_logprobs), 0.0).sum().item()
+    norms = gather([norm.item()])  # the same on all processes, or they are no longer training one policy
+    kl = torch.where(mask, kl_k3(torch.cat(old), reference_NS), 0.0).sum().item()
     sums = gather([torch.tensor([loss_sum, clipped / tokens, kl, len(rollouts)], dtype=torch.float64)])
     loss_sum, clipped, kl, n = torch.stack(sums).sum(0).tolist()
     return {"loss": loss_sum / cfg.updates_per_rollout, "clip_ratio": clipped / cfg.updates_per_rollout,
             "kl": kl / n,  # nats a rollout, of the policy that sampled: before this update
-            "grad_norm": norm.item(), "skipped": int(not norm.isfinite()),
+            "grad_norm": norm.item(), "grad_norm_spread": max(norms) - min(norms), "skipped": int(not norm.isfinite()),
             "learning_rate": optimizer.param_groups[0]["lr"]}
 
 
@@ -273,10 +294,13 @@ def gather(items):
 
 def sum_gradients(policy):
     """Each process has the gradient of its share of one loss, already divided by all tokens: add them."""
-    if dist.is_initialized():
-        for parameter in trainable(policy):
-            if parameter.grad is not None:  # without --cot the text head has none, on any process
-                dist.all_reduce(parameter.grad)
+    for parameter in trainable(policy) if dist.is_initialized() else ():
+        if parameter.grad is None:  # without --cot the text head has none, on any process
+            continue
+        if isinstance(parameter.grad, scale.DTensor):  # sharded: FSDP2 has taken the mean, shard by shard
+            parameter.grad.mul_(dist.get_world_size())
+        else:
+            dist.all_reduce(parameter.grad)
 
 
 def learn(learners, jobs, rollouts):
@@ -304,7 +328,7 @@ def test(policy, reference, scorers, rows, cfg, rank, world):
         chosen = [rows[i] for i, _ in batch]
         rollouts = rollout(policy, rows, batch, -1, cfg)
         scores = reward_models.score(scorers, rollouts.prompts, rollouts.images, chosen)
-        k3 = kl_k3(all_logprobs(policy, rollouts, cfg), all_logprobs(reference, rollouts, cfg))
+        k3 = kl_k3(all_logprobs(policy, rollouts, cfg), reference_logprobs(policy, reference, rollouts, cfg))
         scores["kl"] = torch.where(rollouts.mask, k3, 0.0).sum(1)
         records += record(chosen, batch, rollouts, scores | image_statistics(rollouts.images))
         shown += rollouts.images
@@ -316,13 +340,14 @@ def image_statistics(images):
     return {f"image/{name}": reward_models.REWARDS[name]()(None, images) for name in reward_models.STATS}
 
 
-def best_of_n_pool(reference, scorers, weights, rows, cfg, rank, world):
+def best_of_n_pool(policy, reference, scorers, weights, rows, cfg, rank, world):
     """`best_of` pictures of the *untrained* policy for each of 40 test prompts, with their scores: all that
     best-of-n needs. It optimises the same reward without any RL: what it breaks is the reward's fault."""
     pool = []
     for i in range(rank, min(40, len(rows)), world):
         jobs, group = [(i, k) for k in range(cfg.best_of)], [rows[i]] * cfg.best_of
-        rollouts = rollout(reference, rows, jobs, -2, cfg)
+        with scale.as_reference(policy, reference) as original:
+            rollouts = rollout(original, rows, jobs, -2, cfg)
         scores = reward_models.score(scorers, rollouts.prompts, rollouts.images, group)
         scores["total"] = reward_models.combine(scores, weights, cfg.best_of)
         pool += record(group, jobs, rollouts, scores)
@@ -381,7 +406,10 @@ def check(cfg, world):
         usage_error(
             "--combine constrained needs two rewards: the first is maximised, the others keep their --floor"
         )
-    positive = "max_steps learning_rate updates_per_rollout micro_batch max_thought max_grad_norm save_steps " \
+    if cfg.shard and (cfg.lora_rank or world == 1 and not cfg.dry_run):
+        usage_error("--shard: spreads full training over several processes (torchrun --nproc-per-node 8); it does not go "
+                    "with --lora-rank, which has little to spread")
+    positive = "max_steps learning_rate updates_per_rollout micro_batch rollout_batch max_thought max_grad_norm save_steps " \
                "save_total_limit eval_steps eval_images"
     for name in positive.split():
         if not getattr(cfg, name) > 0:
@@ -395,12 +423,13 @@ def check(cfg, world):
 def main(cfg):
     rank, world = start_processes()
     weights, held_out, rows, test_rows = check(cfg, world)
+    if cfg.dry_run:
+        return scale.print_plan(cfg, cfg.world_size or world)
     run, checkpoint = gather([files.run_folder(cfg) if rank == 0 else None])[0]
     if checkpoint:
         files.check_same_run(run, cfg)
     device, dtype = generate.pick_device(cfg.device, cfg.dtype)
-    reference = generate.load_policy(cfg.model, device, dtype)
-    policy = generate.load_policy(str(checkpoint or cfg.model), device, dtype)
+    policy, reference = load_policies(cfg, checkpoint, device, dtype)
     train_on, watch = load_rewards(weights, cfg, device), load_rewards(held_out, cfg, device)
     optimizer = torch.optim.AdamW(trainable(policy), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0)
     learners = {name: reward for name, reward in train_on.items() if hasattr(reward, "learn")}
@@ -412,23 +441,32 @@ def main(cfg):
     stop = listen_for_sigterm()
 
     def save(state):
+        weights = scale.model_state(policy, keep=rank == 0)  # all processes gather what they have shards of
+        moments = scale.whole(optimizer.state_dict(), keep=rank == 0)
         if rank == 0:
-            files.save_checkpoint(run, state, policy, optimizer, learners, cfg.save_total_limit)
+            extra = {"optimizer": moments, **{name: reward.state_dict() for name, reward in learners.items()}}
+            extra |= {"lora": scale.lora_state(policy)} if cfg.lora_rank else {}
+            files.save_checkpoint(run, state, policy, weights, extra, cfg.save_total_limit)
+
+    def try_out(done):
+        with scale.gathered(policy, reference):
+            log.test(done, *test(policy, reference, train_on | watch, test_rows, cfg, rank, world))
 
     if state["step"] == 0:
-        log.test(0, *test(policy, reference, train_on | watch, test_rows, cfg, rank, world))
+        try_out(0)
     for step in log.steps():
         indices = prompts_of_step(rows, step, cfg)[rank::world]  # a group stays on one process
         jobs = [(i, k) for i in indices for k in range(cfg.num_generations)]
         asked = [rows[i] for i, _ in jobs]
 
-        rollouts = rollout(policy, rows, jobs, step, cfg)  # G thoughts and pictures for each prompt
+        with scale.gathered(policy):
+            rollouts = rollout(policy, rows, jobs, step, cfg)  # G thoughts and pictures for each prompt
         log.tick("rollout")
         if any(gather([bool(stop)])):  # nothing has been changed by this step: it will be made again
             save(state), give_up("asked to stop", 143, rank)
         adversary = learn(learners, jobs, rollouts)  # a reward that learns has seen these pictures when it scores them
         training_scores = reward_models.start_scoring(train_on, rollouts.prompts, rollouts.images, asked)
-        reference_logprobs = all_logprobs(reference, rollouts, cfg)  # while a judge far away takes its time
+        reference_scores = reference_logprobs(policy, reference, rollouts, cfg)  # while a judge far away takes its time
         scores = training_scores()  # what trains
         believed = reward_models.score(watch, rollouts.prompts, rollouts.images, asked)  # what does not
         total = reward_models.combine(scores, weights, cfg.num_generations, cfg.combine, state["multipliers"])
@@ -439,7 +477,7 @@ def main(cfg):
         # Linear decay to 0, as T2I-R1 (the Trainer's default): at a constant rate the gradient's noise keeps
         # the policy wandering, which costs KL and buys no reward.
         optimizer.param_groups[0]["lr"] = cfg.learning_rate * (1 - step / cfg.max_steps)
-        metrics = update(policy, reference_logprobs, optimizer, rollouts, advantages, cfg)  # the better, the likelier
+        metrics = update(policy, reference_scores, optimizer, rollouts, advantages, cfg)  # the better, the likelier
         log.tick("update")
 
         scores |= believed | {"total": total, "advantage": advantages}
@@ -451,7 +489,7 @@ def main(cfg):
         state = {"step": done, "multipliers": multipliers_after(records, state["multipliers"], cfg), "skipped": skipped}
         if done % cfg.eval_steps == 0 or done == cfg.max_steps:
             log.group(step, gather(rollouts.images))
-            log.test(done, *test(policy, reference, train_on | watch, test_rows, cfg, rank, world))
+            try_out(done)
         trouble = what_is_wrong(metrics, state, train_on, cfg)
         if trouble or done % cfg.save_steps == 0 or done == cfg.max_steps:
             save(state)
@@ -459,11 +497,31 @@ def main(cfg):
             give_up(trouble, 3, rank)
 
     if cfg.best_of:
-        log.pool(best_of_n_pool(reference, train_on | watch, weights, test_rows, cfg, rank, world))
+        with scale.gathered(policy, reference):
+            pool = best_of_n_pool(policy, reference, train_on | watch, weights, test_rows, cfg, rank, world)
+        log.pool(pool)
     if rank == 0:
         print(f"look at {hacking.report_page(run)}")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def load_policies(cfg, checkpoint, device, dtype):
+    """(policy, reference): what is trained, and what it was. With LoRA the policy is its own reference: None."""
+    load = lambda name: generate.load_policy(str(name), device, dtype, cfg.train_image_head)
+    if cfg.lora_rank:
+        policy = scale.add_lora(load(cfg.model), cfg.lora_rank)
+        if checkpoint:
+            policy.model.load_state_dict(torch.load(checkpoint / "lora.pt", weights_only=True), strict=False)
+        reference = None
+    else:
+        policy, reference = load(checkpoint or cfg.model), load(cfg.model)
+        reference.model.requires_grad_(False)
+    if cfg.gradient_checkpointing:
+        policy.body.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.shard:
+        scale.shard(policy), scale.shard(reference)
+    return policy, reference
 
 
 def load_rewards(names, cfg, device):
@@ -483,7 +541,7 @@ def load_state(checkpoint, optimizer, weights, learners):
     """The counters of a run: the next step, the multipliers of combine=constrained, the steps skipped just now."""
     if not checkpoint:
         return {"step": 0, "multipliers": {name: 1.0 for name in list(weights)[1:]}, "skipped": 0}
-    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+    scale.load_optimizer(optimizer, torch.load(checkpoint / "optimizer.pt", weights_only=True))
     for name, reward in learners.items():
         reward.load_state_dict(torch.load(checkpoint / f"{name}.pt", weights_only=True))
     return json.loads((checkpoint / "state.json").read_text())
@@ -517,6 +575,8 @@ def what_is_wrong(metrics, state, scorers, cfg):
         for reward in scorers.values():
             reasons |= getattr(reward, "failures", Counter())
         return f"{metrics['failed']:.0%} of the rollouts had no score: {dict(reasons)}"
+    if metrics["grad_norm_spread"] > 1e-3 * metrics["grad_norm"]:
+        return f"the processes' gradients differ by {metrics['grad_norm_spread']:.2g}: do all load the same checkpoint?"
     if state["skipped"] >= PATIENCE:
         return f"{PATIENCE} steps in a row had gradients that are no numbers, and were skipped; lower --learning-rate"
     return ""
@@ -529,14 +589,35 @@ def give_up(why, code, rank):
     raise SystemExit(code)
 
 
+def reporter(cfg, run):
+    """A function (step, numbers) that tells --report-to; files in the run folder are written in any case."""
+    if cfg.report_to == "tensorboard":
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            usage_error("--report-to tensorboard: it is not installed; pip install tensorboard, or leave the flag out")
+        writer = SummaryWriter(run / "tensorboard")
+        return lambda step, numbers: [writer.add_scalar(name, value, step) for name, value in numbers.items()]
+    if cfg.report_to == "wandb":
+        try:
+            import wandb
+        except ImportError:
+            usage_error("--report-to wandb: it is not installed; pip install wandb, or leave the flag out")
+        session = wandb.init(project="artifact-reward", name=run.name, id=run.name, resume="allow", dir=run, config=asdict(cfg))
+        return lambda step, numbers: session.log(numbers | {"step": step})
+    return lambda step, numbers: None
+
+
 class Log:
     """The run folder and the screen: on rank 0 it writes, elsewhere it does nothing."""
 
     def __init__(self, cfg, run, start, weights, held_out, rank, world):
         self.run, self.writes, self.seconds, self.clock = run, rank == 0, {}, time.perf_counter()
         self.shown = [("reward", name) for name in weights] + [("held-out", name) for name in held_out]
+        self.report = lambda step, numbers: None
         if self.writes:
             files.begin_log(run, start, cfg, world)
+            self.report = reporter(cfg, run)
             print(f"{run}/: {' + '.join(weights)} trains, {' and '.join(held_out) or 'nothing'} is only "
                   f"watched; {cfg.prompts_per_step} prompts x {cfg.num_generations} pictures a step", flush=True)
         self.bar = tqdm(range(start, cfg.max_steps), initial=start, total=cfg.max_steps, desc="grpo",
@@ -554,6 +635,7 @@ class Log:
     def step(self, step, metrics, records):
         if self.writes:
             files.log_line(self.run / "metrics.jsonl", {"step": step, **metrics, **self.seconds})
+            self.report(step, metrics | self.seconds)
             files.log_records(self.run / "rollouts" / f"step_{step:06d}.jsonl", records)
             numbers = {name: f"{metrics[f'{kind}/{name}']:.3f}" for kind, name in self.shown}
             self.bar.set_postfix(numbers | {"kl": f"{metrics['kl']:.2f}"})
@@ -563,6 +645,7 @@ class Log:
             means = hacking.test_means(records)
             files.log_records(self.run / "tests" / f"step_{step:06d}.jsonl", records)
             files.log_line(self.run / "test.jsonl", {"step": step, **means})
+            self.report(step, {f"test/{name}": value for name, value in means.items()})
             hacking.save_strip(images[: hacking.STRIP], self.run / "samples" / f"step_{step:06d}.png")
             hacking.save_sheet(images, self.run / "tests" / ("last.png" if step else "first.png"))
             shown = "  ".join(f"{k} {v:.3f}" for k, v in means.items() if "/" not in k)

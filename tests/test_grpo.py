@@ -186,9 +186,10 @@ def test_a_step_whose_gradient_is_no_number_is_not_taken(monkeypatch):
 
 
 def test_five_skipped_steps_in_a_row_end_the_run():
-    state, metrics = {"skipped": 4}, {"failed": 0.0}
+    state, metrics = {"skipped": 4}, {"failed": 0.0, "grad_norm": 1.0, "grad_norm_spread": 0.0}
     assert grpo.what_is_wrong(metrics, state, {}, config()) == ""
     assert "gradients" in grpo.what_is_wrong(metrics, state | {"skipped": 5}, {}, config())
+    assert "differ" in grpo.what_is_wrong(metrics | {"grad_norm_spread": 0.5}, state, {}, config())
     assert "no score" in grpo.what_is_wrong({"failed": 0.9}, state, {}, config())
 
 
@@ -396,15 +397,15 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before_it_whole(whole_run, mo
 
     monkeypatch.setattr(torch, "save", killed)  # the policy's files are written, the optimizer's are not
     with pytest.raises(KeyboardInterrupt):
-        optimizer = torch.optim.AdamW(grpo.trainable(policy))
-        files.save_checkpoint(tmp_path, {"step": 5}, policy, optimizer, {}, keep=2)
+        files.save_checkpoint(tmp_path, {"step": 5}, policy, None, {"optimizer": {}}, keep=2)
     assert [folder.name for folder in files.checkpoints(tmp_path)] == ["step-000004"]
     generate.load_policy(str(files.checkpoints(tmp_path)[-1]))
 
 
-def test_two_processes_learn_what_one_does_and_one_goes_on_where_two_stopped(whole_run, tmp_path):
+@pytest.mark.parametrize("how", [[], ["--shard"]], ids=["whole", "sharded"])
+def test_two_processes_learn_what_one_does_and_one_goes_on_where_two_stopped(how, whole_run, tmp_path):
     where = [*SMALL, "--output-dir", str(tmp_path), "--run-name", "two"]
-    finish(start([*where, "--max-steps", "1"], processes=2))
+    finish(start([*where, "--max-steps", "1", *how], processes=2))
     one, two = metrics_of(whole_run)[0], metrics_of(tmp_path / "two")[0]
     assert two == pytest.approx(one, abs=1e-5)
     by_key = [

@@ -1,0 +1,119 @@
+"""Large and small machines: LoRA is the same policy plus something small; the plan counts what is really there."""
+
+import copy
+
+import pytest
+import torch
+
+import generate
+import grpo
+import scale
+
+
+def rollouts_of(policy, cfg):
+    rows = generate.load_prompts(cfg.prompts)
+    return grpo.rollout(policy, rows, [(0, 0), (0, 1), (1, 0), (1, 1)], 0, cfg)
+
+
+@pytest.fixture
+def cfg():
+    cfg = grpo.Config(rewards="hps", lora_rank=4, max_thought=40, device="cpu")
+    grpo.check(cfg, 1)
+    return cfg
+
+
+def learn(policy, rollouts, cfg):
+    optimizer = torch.optim.SGD(grpo.trainable(policy), lr=0.5)
+    scores = grpo.reference_logprobs(policy, None, rollouts, cfg)
+    grpo.update(policy, scores, optimizer, rollouts, torch.tensor([1.0, -1, 1, -1]), cfg)
+
+
+def test_lora_begins_as_the_policy_it_is_added_to_and_stays_so_with_it_switched_off(policy, cfg):
+    rollouts = rollouts_of(policy, cfg)
+    before = grpo.all_logprobs(policy, rollouts, cfg)
+    adapted = scale.add_lora(copy.deepcopy(policy), 4)
+    assert torch.allclose(grpo.all_logprobs(adapted, rollouts, cfg), before, atol=1e-6)
+    learn(adapted, rollouts, cfg)
+    assert not torch.allclose(grpo.all_logprobs(adapted, rollouts, cfg), before, atol=1e-3)
+    assert torch.allclose(grpo.reference_logprobs(adapted, None, rollouts, cfg), before, atol=1e-6)
+
+
+def test_only_the_low_rank_matrices_are_trained(policy):
+    adapted = scale.add_lora(copy.deepcopy(policy), 4)
+    trained = sum(p.numel() for p in grpo.trainable(adapted))
+    layer = 4 * (128 + 128) * 4 + 3 * (128 + 384) * 4  # rank 4: four square matrices and three of 128 x 384
+    assert trained == 4 * layer and trained < 0.1 * sum(p.numel() for p in policy.model.parameters())
+
+
+def test_a_lora_checkpoint_opens_like_any_other_and_goes_on_from_its_matrices(policy, cfg, tmp_path):
+    adapted = scale.add_lora(copy.deepcopy(policy), 4)
+    rollouts = rollouts_of(policy, cfg)
+    learn(adapted, rollouts, cfg)
+    expected = grpo.all_logprobs(adapted, rollouts, cfg)
+    adapted.save(tmp_path, scale.model_state(adapted))
+    torch.save(scale.lora_state(adapted), tmp_path / "lora.pt")
+    merged = generate.load_policy(str(tmp_path))
+    assert torch.allclose(grpo.all_logprobs(merged, rollouts, cfg), expected, atol=1e-4)
+    again, none = grpo.load_policies(cfg, tmp_path, "cpu", torch.float32)
+    assert none is None and torch.equal(grpo.all_logprobs(again, rollouts, cfg), expected)
+
+
+def test_gradient_checkpointing_changes_memory_and_not_the_gradient(cfg):
+    gradients = []
+    for checkpointing in (False, True):
+        cfg.lora_rank, cfg.gradient_checkpointing = 0, checkpointing
+        policy, reference = grpo.load_policies(cfg, None, "cpu", torch.float32)
+        rollouts = rollouts_of(policy, cfg)
+        scores = grpo.reference_logprobs(policy, reference, rollouts, cfg)
+        optimizer = torch.optim.SGD(grpo.trainable(policy), lr=0.0)
+        grpo.update(policy, scores, optimizer, rollouts, torch.tensor([1.0, -1, 1, -1]), cfg)
+        gradients.append(torch.cat([p.grad.flatten() for p in grpo.trainable(policy) if p.grad is not None]))
+    assert torch.allclose(*gradients, atol=1e-6) and not policy.model.training
+
+
+def test_the_image_head_is_trained_only_if_asked():
+    names = lambda policy: {n.split(".")[1] for n, p in policy.model.named_parameters() if p.requires_grad}
+    assert "generation_head" not in names(generate.load_policy("tiny"))
+    assert "generation_head" in names(generate.load_policy("tiny", train_image_head=True))
+
+
+# --- the plan
+
+
+def test_the_plan_counts_the_parameters_of_the_published_models():
+    for name, total, trained in (("Janus-Pro-1B", 2.08e9, 1.653e9), ("Janus-Pro-7B", 7.41e9, 6.910e9)):
+        count, _ = scale.plan(scale.janus_config(name), 8, 16, 8, True, 64, 0.01, True, 0, True)
+        assert count["total"] == pytest.approx(total, rel=2e-3) and count["trained"] == pytest.approx(trained, rel=1e-3)
+        assert count["tokens a picture"] == 576
+
+
+def test_the_plan_of_the_tiny_policy_counts_what_is_there(policy):
+    count, gigabytes = scale.plan(scale.janus_config("tiny/policy"), 1, 128, 64, False, 64, 0.02, False, 0, False)
+    assert count["total"] == sum(p.numel() for p in policy.model.parameters())
+    assert count["trained"] == sum(p.numel() for p in grpo.trainable(policy))
+    cache = 2 * 4 * 128 * 2 * 128 * (80 + 64 + 64)  # keys and values, 4 layers of 128 numbers, 2 bytes, 208 tokens
+    assert gigabytes["rollout: keys and values"] == pytest.approx(cache / 1e9)
+
+
+def test_sharding_divides_what_is_kept_and_lora_shrinks_it():
+    plan = lambda **changes: scale.plan(**dict(config=scale.janus_config("Janus-Pro-7B"), world=8, painted=16, micro_batch=8,
+                                               guided=True, thought=64, beta=0.01, sharded=False, lora_rank=0,
+                                               checkpointing=True) | changes)[1]
+    key = "weights, gradients, Adam: 16 bytes a trained parameter"
+    assert plan()[key] == pytest.approx(110.6, rel=1e-2) and plan(sharded=True)[key] == pytest.approx(13.8, rel=1e-2)
+    assert plan(lora_rank=16)[key] < 1 and plan(lora_rank=16)["reference policy: 4 bytes"] == 0
+
+
+def test_a_dry_run_says_whether_it_fits_and_what_would_help(capsys):
+    cfg = grpo.Config(model="deepseek-community/Janus-Pro-7B", rewards="hps", dry_run=True, world_size=8)
+    grpo.main(cfg)
+    said = capsys.readouterr().out
+    assert "does not fit into 80 GB" in said and "--shard" in said
+    grpo.main(grpo.Config(**vars(cfg) | dict(shard=True, micro_batch=8, gradient_checkpointing=True)))
+    assert "\nfits into 80 GB" in capsys.readouterr().out
+
+
+def test_sharding_one_process_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        grpo.main(grpo.Config(shard=True))
+    assert "--nproc-per-node" in capsys.readouterr().err
