@@ -270,7 +270,6 @@ def sample(policy, prompts, keys, cot=True, cfg_weight=None, max_thought=64):
 
 def paint(policy, prompts, uniform, cot, cfg_weight, max_thought):
     """Think, then paint, from these random numbers."""
-    T = policy.grid**2
     with policy.arithmetic():
         if cot:
             ids, mask = thought_context(policy, prompts)
@@ -296,20 +295,25 @@ def paint(policy, prompts, uniform, cot, cfg_weight, max_thought):
         ]
 
         ids, mask = image_context(policy, prompts, thoughts)
-        branches = 1 if cfg_weight == 1 else 2
-        if branches == 2:
-            ids, mask = torch.cat([ids, without_prompt(policy, ids)]), mask.repeat(2, 1)
-        image_ids = decode(
-            policy,
-            ids,
-            mask,
-            T,
-            uniform[:, max_thought:],
-            lambda t: policy.model.prepare_embeddings_for_image_generation(t.repeat(branches)[:, None]),
-            lambda hidden: guide(policy.model.model.generation_head(hidden).float(), cfg_weight),
-        )
+        image_ids = paint_tokens(policy, ids, mask, uniform[:, max_thought:], cfg_weight)
         images = to_images(policy, image_ids)
     return Rollouts(list(prompts), thoughts, thought_ids, thought_mask, image_ids, images)
+
+
+def paint_tokens(policy, ids, mask, uniform, cfg_weight):
+    """The image tokens after these contexts, (N, T). Guided, the rows without a prompt run beside those with one."""
+    branches = 1 if cfg_weight == 1 else 2
+    if branches == 2:
+        ids, mask = torch.cat([ids, without_prompt(policy, ids)]), mask.repeat(2, 1)
+    return decode(
+        policy,
+        ids,
+        mask,
+        policy.grid**2,
+        uniform,
+        lambda t: policy.model.prepare_embeddings_for_image_generation(t.repeat(branches)[:, None]),
+        lambda hidden: guide(policy.model.model.generation_head(hidden).float(), cfg_weight),
+    )
 
 
 def default_cfg(policy):
