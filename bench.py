@@ -25,6 +25,7 @@ from transformers import DynamicCache, JanusForConditionalGeneration
 
 import generate
 import grpo
+import harness
 import report
 import rewards
 import scale
@@ -187,9 +188,9 @@ def roofline(policy, pictures, weight, bandwidth, context=60):
 
 def step_table(cfg, repeats):
     flags = grpo.Config(rewards="hps,artifact", micro_batch=cfg.pictures)
-    weights, _, rows, _ = grpo.check(flags, 1)
+    weights, _, rows, _ = harness.check(flags, 1)
     jobs = [(i, k) for i in range(cfg.pictures // 8) for k in range(8)]
-    scorers = grpo.load_rewards(weights, flags, "cpu")
+    scorers = harness.load_rewards(weights, flags, "cpu")
     contenders = {}
     for name, step in (("ours", our_step), ("plain", plain_step)):
         policy, reference = (generate.load_policy("tiny") for _ in "pr")

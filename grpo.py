@@ -21,15 +21,9 @@ share of artifact-free pictures (by gold) does not fall; at the end runs/<name>/
 Left out: a value network, a KL in the reward, learned critics.   Read next: evaluate.py, tiny.py
 """
 
-import json
-import math
-import os
 import random
-import signal
 import sys
-import time
-from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -37,13 +31,11 @@ import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
-import files
 import generate
 import hacking
+import harness
 import rewards as reward_models
 import scale
-from files import HERE, usage_error
-from report import mean
 
 # Shapes:  P prompts   G rollouts of each   N = P*G rollouts   S = C+T tokens of a rollout
 
@@ -106,18 +98,6 @@ class Config:
     eval_steps: int = 10  # test and draw the grid of fixed prompts every so many steps
     eval_images: int = 216  # pictures of each test
     best_of: int = 16  # best-of-n is measured up to this n, on the base policy; 0: not at all
-
-
-# What "[tiny: ...; else ...]" above stands for.
-PRESETS = {
-    "tiny": dict(eval_rewards="gold,gold-clean,gold-aligned", prompts=str(HERE / "tiny/prompts/train.jsonl"),
-                 test_prompts=str(HERE / "tiny/prompts/test.jsonl"), max_steps=100, learning_rate=1e-4, beta=0.02),
-    "real": dict(eval_rewards="", prompts=str(HERE / "prompts/train.jsonl"),
-                 test_prompts=str(HERE / "prompts/test.jsonl"), max_steps=1600, learning_rate=1e-6, beta=0.01),
-}
-
-
-PATIENCE = 5  # steps in a row whose gradients are no numbers, until the run gives up
 
 
 # --- the mathematics: tensors in, tensors out ---------------------------------------------------
@@ -233,7 +213,7 @@ def update(policy, reference_NS, optimizer, rollouts, advantages, cfg):
     The average goes over all tokens of all processes ("token mean", as DAPO): a process with longer
     thoughts must not weigh its tokens less (T2I-R1 averages within each micro-batch)."""
     mask, weight = rollouts.mask, guidance_weights(cfg, policy)[1]
-    advantages, tokens = advantages.to(mask.device), sum(gather([mask.sum().item()]))
+    advantages, tokens = advantages.to(mask.device), sum(scale.gather([mask.sum().item()]))
     old, loss_sum, clipped = [], 0.0, 0
     for repetition in range(cfg.updates_per_rollout):
         optimizer.zero_grad()
@@ -257,9 +237,9 @@ def update(policy, reference_NS, optimizer, rollouts, advantages, cfg):
             optimizer.zero_grad()
             break
         optimizer.step()
-    norms = gather([norm.item()])  # the same on all processes, or they are no longer training one policy
+    norms = scale.gather([norm.item()])  # the same on all processes, or they are no longer training one policy
     kl = torch.where(mask, kl_k3(torch.cat(old), reference_NS), 0.0).sum().item()
-    sums = gather([torch.tensor([loss_sum, clipped / tokens, kl, len(rollouts)], dtype=torch.float64)])
+    sums = scale.gather([torch.tensor([loss_sum, clipped / tokens, kl, len(rollouts)], dtype=torch.float64)])
     loss_sum, clipped, kl, n = torch.stack(sums).sum(0).tolist()
     return {"loss": loss_sum / cfg.updates_per_rollout, "clip_ratio": clipped / cfg.updates_per_rollout,
             "kl": kl / n,  # nats a rollout, of the policy that sampled: before this update
@@ -271,25 +251,7 @@ def trainable(policy):
     return [p for p in policy.model.parameters() if p.requires_grad]
 
 
-# --- several processes: only these four functions, and `rank` in main, know of them -------------
-
-
-def start_processes():
-    """(rank, number of processes). torchrun sets RANK; without it this is one process."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather(items):
-    """A list from each process -> one list, in the order of the ranks, on all of them."""
-    if not dist.is_initialized():
-        return items
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
+# --- several processes: here, in scale.py, and where main picks this process' prompts -------------
 
 
 def sum_gradients(policy):
@@ -308,7 +270,7 @@ def learn(learners, jobs, rollouts):
     the same order; should their arithmetic ever differ, rank 0 is right. Returns metrics."""
     metrics = {}
     if learners:
-        _, prompts, images = zip(*sorted(gather(list(zip(jobs, rollouts.prompts, rollouts.images))), key=lambda e: e[0]))
+        _, prompts, images = zip(*sorted(scale.gather(list(zip(jobs, rollouts.prompts, rollouts.images))), key=lambda e: e[0]))
     for name, reward in learners.items():
         metrics |= {f"{name}/{key}": value for key, value in reward.learn(prompts, images).items()}
         for parameter in reward.parameters() if dist.is_initialized() else ():
@@ -330,336 +292,79 @@ def test(policy, reference, scorers, rows, cfg, rank, world):
         scores = reward_models.score(scorers, rollouts.prompts, rollouts.images, chosen)
         k3 = kl_k3(all_logprobs(policy, rollouts, cfg), reference_logprobs(policy, reference, rollouts, cfg))
         scores["kl"] = torch.where(rollouts.mask, k3, 0.0).sum(1)
-        records += record(chosen, batch, rollouts, scores | image_statistics(rollouts.images))
+        records += harness.record(chosen, batch, rollouts, scores | harness.image_statistics(rollouts.images))
         shown += rollouts.images
-    return gather(records), gather(shown)
+    return scale.gather(records), scale.gather(shown)
 
 
-def image_statistics(images):
-    """Brightness, saturation and the like, under the name image/...: always logged, never trained on."""
-    return {f"image/{name}": reward_models.REWARDS[name]()(None, images) for name in reward_models.STATS}
-
-
-def best_of_n_pool(policy, reference, scorers, weights, rows, cfg, rank, world):
+def best_of_n_pool(e):
     """`best_of` pictures of the *untrained* policy for each of 40 test prompts, with their scores: all that
     best-of-n needs. It optimises the same reward without any RL: what it breaks is the reward's fault."""
-    pool = []
-    for i in range(rank, min(40, len(rows)), world):
-        jobs, group = [(i, k) for k in range(cfg.best_of)], [rows[i]] * cfg.best_of
-        with scale.as_reference(policy, reference) as original:
-            rollouts = rollout(original, rows, jobs, -2, cfg)
-        scores = reward_models.score(scorers, rollouts.prompts, rollouts.images, group)
-        scores["total"] = reward_models.combine(scores, weights, cfg.best_of)
-        pool += record(group, jobs, rollouts, scores)
-    return gather(pool)
-
-
-def record(rows, jobs, rollouts, scores):
-    """One dict a picture: what was asked, what was thought, what it scored."""
-    return [{"id": row["id"], "prompt": row["prompt"], "sample": k, "thought": rollouts.thoughts[n],
-             **{name: values[n].item() for name, values in scores.items()}}
-            for n, (row, (_, k)) in enumerate(zip(rows, jobs))]
-
-
-def summarize(records, trained, held_out, cfg):
-    """One step's records -> numbers to log. NaN scores count as failed and enter no mean."""
-    failed = mean(any(math.isnan(r[name]) for name in trained) for r in records)
-    metrics = {"failed": failed, "thought_words": mean(len(r["thought"].split()) for r in records)}
-    kinds = dict.fromkeys(trained, "reward") | dict.fromkeys(held_out, "held-out") | {"total": "reward"}
-    for name, kind in kinds.items():
-        values = torch.tensor([r[name] for r in records]).view(-1, cfg.num_generations)
-        metrics[f"{kind}/{name}"] = values.nanmean().item()
-        # Within the group: the spread that GRPO learns from. No spread in a group, nothing to learn.
-        metrics[f"{kind}/{name}/group_std"] = values.std(1).nanmean().item()
-        metrics["unanimous_groups"] = (values.std(1) == 0).float().mean().item()  # at last, of the total
-    return metrics
-
-
-def check(cfg, world):
-    """Everything that can be wrong is found here, before a model is loaded. Fills in the presets; returns
-    (weights, held-out names, training prompts, test prompts)."""
-    for name, value in PRESETS["tiny" if cfg.model == "tiny" else "real"].items():
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, value)
-    weights, held_out = reward_models.parse(cfg.rewards), [*reward_models.parse(cfg.eval_rewards)]
-    if not weights:
-        usage_error("--rewards is empty; name at least one, such as hps,artifact")
-    if weights.keys() & set(held_out):
-        usage_error(
-            f"{', '.join(weights.keys() & set(held_out))} is in --rewards and in --eval-rewards: what is trained "
-            "on cannot be believed; take it out of one"
-        )
-    watched = [name for name in weights if hasattr(reward_models.REWARDS[name], "only_watched")]
-    if watched:
-        usage_error(f"--rewards {', '.join(watched)}: a statistic, not an opinion; it can only be watched, --eval-rewards")
-    learning = [name for name in held_out if hasattr(reward_models.REWARDS[name], "learn")]
-    if learning:
-        usage_error(f"--eval-rewards {', '.join(learning)}: it knows nothing unless it learns beside the policy; "
-                    "name it in --rewards")
-    if cfg.num_generations < 2:
-        usage_error(f"--num-generations {cfg.num_generations}: a group of one has no baseline; use 4 or more")
-    if cfg.prompts_per_step < 1 or cfg.prompts_per_step % world:
-        usage_error(
-            f"--prompts-per-step {cfg.prompts_per_step}: must be a multiple of the {world} processes; a group stays on one"
-        )
-    if cfg.combine == "constrained" and len(weights) < 2:
-        usage_error(
-            "--combine constrained needs two rewards: the first is maximised, the others keep their --floor"
-        )
-    if cfg.shard and (cfg.lora_rank or world == 1 and not cfg.dry_run):
-        usage_error("--shard: spreads full training over several processes (torchrun --nproc-per-node 8); it does not go "
-                    "with --lora-rank, which has little to spread")
-    positive = "max_steps learning_rate updates_per_rollout micro_batch rollout_batch max_thought max_grad_norm save_steps " \
-               "save_total_limit eval_steps eval_images"
-    for name in positive.split():
-        if not getattr(cfg, name) > 0:
-            usage_error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be greater than 0")
-    return weights, held_out, files.load_prompts(cfg.prompts), files.load_prompts(cfg.test_prompts)
+    pool, n = [], e.cfg.best_of
+    for i in range(e.rank, min(40, len(e.test_rows)), e.world):
+        jobs, group = [(i, k) for k in range(n)], [e.test_rows[i]] * n
+        with scale.as_reference(e.policy, e.reference) as original:
+            rollouts = rollout(original, e.test_rows, jobs, -2, e.cfg)
+        scores = reward_models.score(e.train_on | e.watch, rollouts.prompts, rollouts.images, group)
+        scores["total"] = reward_models.combine(scores, e.weights, n)
+        pool += harness.record(group, jobs, rollouts, scores)
+    return scale.gather(pool)
 
 
 # --- the algorithm ------------------------------------------------------------------------------
 
 
 def main(cfg):
-    rank, world = start_processes()
-    weights, held_out, rows, test_rows = check(cfg, world)
-    if cfg.dry_run:
-        return scale.print_plan(cfg, cfg.world_size or world)
-    run, checkpoint = gather([files.run_folder(cfg) if rank == 0 else None])[0]
-    if checkpoint:
-        files.check_same_run(run, cfg)
-    device, dtype = generate.pick_device(cfg.device, cfg.dtype)
-    policy, reference = load_policies(cfg, checkpoint, device, dtype)
-    train_on, watch = load_rewards(weights, cfg, device), load_rewards(held_out, cfg, device)
-    optimizer = torch.optim.AdamW(trainable(policy), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0)
-    learners = {name: reward for name, reward in train_on.items() if hasattr(reward, "learn")}
-    for reward in learners.values():
-        reward.references.check([row["prompt"] for row in rows])
-    state = load_state(checkpoint, optimizer, weights, learners)
-    lock = files.lock(run) if rank == 0 else None  # noqa: F841 held as long as this process lives
-    log = Log(cfg, run, state["step"], weights, held_out, rank, world)
-    stop = listen_for_sigterm()
-
-    def save(state):
-        weights = scale.model_state(policy, keep=rank == 0)  # all processes gather what they have shards of
-        moments = scale.whole(optimizer.state_dict(), keep=rank == 0)
-        if rank == 0:
-            extra = {"optimizer": moments, **{name: reward.state_dict() for name, reward in learners.items()}}
-            extra |= {"lora": scale.lora_state(policy)} if cfg.lora_rank else {}
-            files.save_checkpoint(run, state, policy, weights, extra, cfg.save_total_limit)
-
-    def try_out(done):
-        with scale.gathered(policy, reference):
-            log.test(done, *test(policy, reference, train_on | watch, test_rows, cfg, rank, world))
-
-    if state["step"] == 0:
-        try_out(0)
-    for step in log.steps():
-        indices = prompts_of_step(rows, step, cfg)[rank::world]  # a group stays on one process
+    e = harness.prepare(cfg)  # policy, reference, rewards, prompts, optimizer, run folder: `e` for experiment
+    if e.state["step"] == 0:
+        try_out(e, 0)
+    for step in e.log.steps():
+        indices = prompts_of_step(e.rows, step, cfg)[e.rank :: e.world]  # a group stays on one process
         jobs = [(i, k) for i in indices for k in range(cfg.num_generations)]
-        asked = [rows[i] for i, _ in jobs]
+        asked = [e.rows[i] for i, _ in jobs]
 
-        with scale.gathered(policy):
-            rollouts = rollout(policy, rows, jobs, step, cfg)  # G thoughts and pictures for each prompt
-        log.tick("rollout")
-        if any(gather([bool(stop)])):  # nothing has been changed by this step: it will be made again
-            save(state), give_up("asked to stop", 143, rank)
-        adversary = learn(learners, jobs, rollouts)  # a reward that learns has seen these pictures when it scores them
-        training_scores = reward_models.start_scoring(train_on, rollouts.prompts, rollouts.images, asked)
-        reference_scores = reference_logprobs(policy, reference, rollouts, cfg)  # while a judge far away takes its time
+        with scale.gathered(e.policy):
+            rollouts = rollout(e.policy, e.rows, jobs, step, cfg)  # G thoughts and pictures for each prompt
+        e.stop_if_asked()  # nothing has been changed by this step: it would be made again
+        e.log.tick("rollout")
+        adversary = learn(e.learners, jobs, rollouts)  # a reward that learns has seen these when it scores them
+        training_scores = reward_models.start_scoring(e.train_on, rollouts.prompts, rollouts.images, asked)
+        reference_scores = reference_logprobs(e.policy, e.reference, rollouts, cfg)  # while a judge far away takes its time
         scores = training_scores()  # what trains
-        believed = reward_models.score(watch, rollouts.prompts, rollouts.images, asked)  # what does not
-        total = reward_models.combine(scores, weights, cfg.num_generations, cfg.combine, state["multipliers"])
-        log.tick("score")
-        everyone = torch.tensor(gather(total.tolist()))
-        mine = slice(rank * len(total), (rank + 1) * len(total))
+        believed = reward_models.score(e.watch, rollouts.prompts, rollouts.images, asked)  # what does not
+        total = reward_models.combine(scores, e.weights, cfg.num_generations, cfg.combine, e.state["multipliers"])
+        e.log.tick("score")
+
+        everyone = torch.tensor(scale.gather(total.tolist()))
+        mine = slice(e.rank * len(total), (e.rank + 1) * len(total))
         advantages = group_advantages(everyone, cfg.num_generations, cfg.advantage)[mine]
         # Linear decay to 0, as T2I-R1 (the Trainer's default): at a constant rate the gradient's noise keeps
         # the policy wandering, which costs KL and buys no reward.
-        optimizer.param_groups[0]["lr"] = cfg.learning_rate * (1 - step / cfg.max_steps)
-        metrics = update(policy, reference_scores, optimizer, rollouts, advantages, cfg)  # the better, the likelier
-        log.tick("update")
+        e.optimizer.param_groups[0]["lr"] = cfg.learning_rate * (1 - step / cfg.max_steps)
+        metrics = adversary | update(e.policy, reference_scores, e.optimizer, rollouts, advantages, cfg)
+        e.log.tick("update")
 
         scores |= believed | {"total": total, "advantage": advantages}
-        records = gather(record(asked, jobs, rollouts, scores))
-        metrics |= adversary | summarize(records, list(weights), held_out, cfg)
-        metrics["diversity"] = mean(gather(hacking.diversity(rollouts.images, cfg.num_generations)))
-        log.step(step, metrics, records)
-        done, skipped = step + 1, (state["skipped"] + 1) * metrics["skipped"]
-        state = {"step": done, "multipliers": multipliers_after(records, state["multipliers"], cfg), "skipped": skipped}
-        if done % cfg.eval_steps == 0 or done == cfg.max_steps:
-            log.group(step, gather(rollouts.images))
-            try_out(done)
-        trouble = what_is_wrong(metrics, state, train_on, cfg)
-        if trouble or done % cfg.save_steps == 0 or done == cfg.max_steps:
-            save(state)
-        if trouble:
-            give_up(trouble, 3, rank)
-
-    if cfg.best_of:
-        with scale.gathered(policy, reference):
-            pool = best_of_n_pool(policy, reference, train_on | watch, weights, test_rows, cfg, rank, world)
-        log.pool(pool)
-    if rank == 0:
-        print(f"look at {hacking.report_page(run)}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        metrics |= e.finish_step(step, metrics, asked, jobs, rollouts, scores)
+        if e.tests_now():
+            try_out(e, step + 1)
+        e.save_or_end(metrics)
+    finish(e)
 
 
-def load_policies(cfg, checkpoint, device, dtype):
-    """(policy, reference): what is trained, and what it was. With LoRA the policy is its own reference: None."""
-    load = lambda name: generate.load_policy(str(name), device, dtype, cfg.train_image_head)
-    if cfg.lora_rank:
-        policy = scale.add_lora(load(cfg.model), cfg.lora_rank)
-        if checkpoint:
-            policy.model.load_state_dict(torch.load(checkpoint / "lora.pt", weights_only=True), strict=False)
-        reference = None
-    else:
-        policy, reference = load(checkpoint or cfg.model), load(cfg.model)
-        reference.model.requires_grad_(False)
-    if cfg.gradient_checkpointing:
-        policy.body.gradient_checkpointing_enable({"use_reentrant": False})
-    if cfg.shard:
-        scale.shard(policy), scale.shard(reference)
-    return policy, reference
+def try_out(e, done):
+    """Test the policy as it is after `done` steps."""
+    with scale.gathered(e.policy, e.reference):
+        e.log.test(done, *test(e.policy, e.reference, e.train_on | e.watch, e.test_rows, e.cfg, e.rank, e.world))
 
 
-def load_rewards(names, cfg, device):
-    checkpoint = "tiny" if cfg.model == "tiny" else None
-    adversary = dict(references=cfg.references, steps=cfg.adversary_steps, when=cfg.adversary_update, seed=cfg.seed)
-    options = {"artifact": dict(judge_urls=cfg.judge_url, judge_model=cfg.judge_model, question=cfg.question),
-               "adversarial": adversary, "adversarial-pickscore": adversary}
-    where = reward_models.addresses(cfg.rewards) | reward_models.addresses(cfg.eval_rewards)
-    loaded = {name: reward_models.load(name, device, checkpoint, where.get(name), **options.get(name, {}))
-              for name in names}
-    if isinstance(loaded.get("artifact"), reward_models.ArtifactReward):
-        loaded["artifact"].check()
-    return loaded
-
-
-def load_state(checkpoint, optimizer, weights, learners):
-    """The counters of a run: the next step, the multipliers of combine=constrained, the steps skipped just now."""
-    if not checkpoint:
-        return {"step": 0, "multipliers": {name: 1.0 for name in list(weights)[1:]}, "skipped": 0}
-    scale.load_optimizer(optimizer, torch.load(checkpoint / "optimizer.pt", weights_only=True))
-    for name, reward in learners.items():
-        reward.load_state_dict(torch.load(checkpoint / f"{name}.pt", weights_only=True))
-    return json.loads((checkpoint / "state.json").read_text())
-
-
-def multipliers_after(records, multipliers, cfg):
-    """combine=constrained: what a reward below its floor weighs from now on."""
-    if cfg.combine != "constrained":
-        return multipliers
-    seen = {name: torch.tensor([r[name] for r in records]) for name in multipliers}
-    return reward_models.update_multipliers(multipliers, seen, dict.fromkeys(seen, cfg.floor))
-
-
-def listen_for_sigterm():
-    """A list that is not empty any more when the run has been asked to stop. Asked twice, it stops at once."""
-    stop = []
-
-    def heard(number, frame):
-        if stop:
-            raise SystemExit(143)
-        stop.append(number)
-
-    signal.signal(signal.SIGTERM, heard)
-    return stop
-
-
-def what_is_wrong(metrics, state, scorers, cfg):
-    """Why this run must not go on, or ""."""
-    if metrics["failed"] > cfg.max_failures:
-        reasons = Counter()
-        for reward in scorers.values():
-            reasons |= getattr(reward, "failures", Counter())
-        return f"{metrics['failed']:.0%} of the rollouts had no score: {dict(reasons)}"
-    if metrics["grad_norm_spread"] > 1e-3 * metrics["grad_norm"]:
-        return f"the processes' gradients differ by {metrics['grad_norm_spread']:.2g}: do all load the same checkpoint?"
-    if state["skipped"] >= PATIENCE:
-        return f"{PATIENCE} steps in a row had gradients that are no numbers, and were skipped; lower --learning-rate"
-    return ""
-
-
-def give_up(why, code, rank):
-    """The end before the end, after a checkpoint: 143 if asked to stop, 3 if it cannot go on."""
-    if rank == 0:
-        print(f"{why}; stopped, with a checkpoint; --resume latest goes on from it", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def reporter(cfg, run):
-    """A function (step, numbers) that tells --report-to; files in the run folder are written in any case."""
-    if cfg.report_to == "tensorboard":
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            usage_error("--report-to tensorboard: it is not installed; pip install tensorboard, or leave the flag out")
-        writer = SummaryWriter(run / "tensorboard")
-        return lambda step, numbers: [writer.add_scalar(name, value, step) for name, value in numbers.items()]
-    if cfg.report_to == "wandb":
-        try:
-            import wandb
-        except ImportError:
-            usage_error("--report-to wandb: it is not installed; pip install wandb, or leave the flag out")
-        session = wandb.init(project="artifact-reward", name=run.name, id=run.name, resume="allow", dir=run, config=asdict(cfg))
-        return lambda step, numbers: session.log(numbers | {"step": step})
-    return lambda step, numbers: None
-
-
-class Log:
-    """The run folder and the screen: on rank 0 it writes, elsewhere it does nothing."""
-
-    def __init__(self, cfg, run, start, weights, held_out, rank, world):
-        self.run, self.writes, self.seconds, self.clock = run, rank == 0, {}, time.perf_counter()
-        self.shown = [("reward", name) for name in weights] + [("held-out", name) for name in held_out]
-        self.report = lambda step, numbers: None
-        if self.writes:
-            files.begin_log(run, start, cfg, world)
-            self.report = reporter(cfg, run)
-            print(f"{run}/: {' + '.join(weights)} trains, {' and '.join(held_out) or 'nothing'} is only "
-                  f"watched; {cfg.prompts_per_step} prompts x {cfg.num_generations} pictures a step", flush=True)
-        self.bar = tqdm(range(start, cfg.max_steps), initial=start, total=cfg.max_steps, desc="grpo",
-                        disable=not self.writes)
-
-    def steps(self):
-        for step in self.bar:
-            self.clock = time.perf_counter()
-            yield step
-
-    def tick(self, part):
-        now = time.perf_counter()
-        self.seconds[f"seconds/{part}"], self.clock = round(now - self.clock, 3), now
-
-    def step(self, step, metrics, records):
-        if self.writes:
-            files.log_line(self.run / "metrics.jsonl", {"step": step, **metrics, **self.seconds})
-            self.report(step, metrics | self.seconds)
-            files.log_records(self.run / "rollouts" / f"step_{step:06d}.jsonl", records)
-            numbers = {name: f"{metrics[f'{kind}/{name}']:.3f}" for kind, name in self.shown}
-            self.bar.set_postfix(numbers | {"kl": f"{metrics['kl']:.2f}"})
-
-    def test(self, step, records, images):
-        if self.writes:
-            means = hacking.test_means(records)
-            files.log_records(self.run / "tests" / f"step_{step:06d}.jsonl", records)
-            files.log_line(self.run / "test.jsonl", {"step": step, **means})
-            self.report(step, {f"test/{name}": value for name, value in means.items()})
-            hacking.save_strip(images[: hacking.STRIP], self.run / "samples" / f"step_{step:06d}.png")
-            hacking.save_sheet(images, self.run / "tests" / ("last.png" if step else "first.png"))
-            shown = "  ".join(f"{k} {v:.3f}" for k, v in means.items() if "/" not in k)
-            tqdm.write(f"test at step {step}:  {shown}")
-
-    def group(self, step, images):
-        if self.writes:
-            for old in (self.run / "rollouts").glob("*.png"):
-                old.unlink()
-            hacking.save_sheet(images, self.run / "rollouts" / f"step_{step:06d}.png")
-
-    def pool(self, records):
-        if self.writes:
-            files.log_records(self.run / "best_of_n.jsonl", records)
+def finish(e):
+    if e.cfg.best_of:
+        with scale.gathered(e.policy, e.reference):
+            e.log.pool(best_of_n_pool(e))
+    if e.rank == 0:
+        print(f"look at {hacking.report_page(e.folder)}")
+    scale.end_processes()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,32 @@ from transformers import JanusConfig, JanusForConditionalGeneration
 
 from files import usage_error
 
+# --- several processes -----------------------------------------------------------------------------
+
+
+def start_processes():
+    """(rank, number of processes). torchrun sets RANK; without it this is one process."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(items):
+    """A list from each process -> one list, in the order of the ranks, on all of them."""
+    if not dist.is_initialized():
+        return items
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def end_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 # --- sharding -------------------------------------------------------------------------------------
 
 
@@ -139,6 +165,8 @@ def load_optimizer(optimizer, state):
 
 # --- the plan ---------------------------------------------------------------------------------------
 
+NODE = 8  # GPUs of a node, for the plan: shards are spread within one
+
 # From the published configurations, so that a plan needs no network. The language models are Llamas.
 JANUS_PRO = {"Janus-Pro-1B": dict(hidden_size=2048, num_hidden_layers=24, num_attention_heads=16, intermediate_size=5632),
              "Janus-Pro-7B": dict(hidden_size=4096, num_hidden_layers=30, num_attention_heads=32, intermediate_size=11008)}
@@ -177,7 +205,7 @@ def plan(config, world, painted, micro_batch, guided, thought, beta, sharded, lo
     if lora_rank:
         wide = [p.shape for n, p in groups["trained"] if n.endswith("_proj.weight")]
         frozen, count["trained"] = count["total"], sum(lora_rank * sum(shape) for shape in wide)
-    share = world if sharded else 1
+    share = min(world, NODE) if sharded else 1
     T, D, layers = config.vq_config.num_patches**2, llama.hidden_size, llama.num_hidden_layers
     length, rows = text + thought + T, (2 if guided else 1) * micro_batch
     kv = 2 * layers * llama.num_key_value_heads * (D // llama.num_attention_heads) * 2  # bytes a token, bfloat16

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from tqdm import trange
 from transformers import Dinov2Config, Dinov2Model
 
-import tiny
 
 # ImageNet's mean and deviation, with which every DINOv2 was trained.
 MEAN, STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))

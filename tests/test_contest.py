@@ -6,6 +6,7 @@ import pytest
 
 import contest
 import grpo
+import harness
 import rewards
 
 
@@ -22,7 +23,7 @@ def test_every_cure_is_a_command_that_grpo_takes(cure):
 
     flags = contest.command(contest.Config(), cure, 1)
     cfg = tyro.cli(grpo.Config, args=flags)
-    grpo.check(cfg, 1)
+    harness.check(cfg, 1)
     trained, watched = rewards.parse(cfg.rewards), rewards.parse(cfg.eval_rewards)
     assert not trained.keys() & watched.keys() and {"gold", "gold-clean"} <= watched.keys()  # the truth trains nobody
     assert set(contest.MEASURED) <= trained.keys() | watched.keys()

@@ -17,6 +17,7 @@ import files
 import generate
 import grpo
 import hacking
+import harness
 import report
 
 ROOT = Path(grpo.__file__).parent
@@ -127,7 +128,7 @@ def config(**changes):
     cfg = grpo.Config(
         rewards="hps", num_generations=4, prompts_per_step=2, max_thought=40, device="cpu", **changes
     )
-    grpo.check(cfg, 1)
+    harness.check(cfg, 1)
     return cfg
 
 
@@ -187,10 +188,10 @@ def test_a_step_whose_gradient_is_no_number_is_not_taken(monkeypatch):
 
 def test_five_skipped_steps_in_a_row_end_the_run():
     state, metrics = {"skipped": 4}, {"failed": 0.0, "grad_norm": 1.0, "grad_norm_spread": 0.0}
-    assert grpo.what_is_wrong(metrics, state, {}, config()) == ""
-    assert "gradients" in grpo.what_is_wrong(metrics, state | {"skipped": 5}, {}, config())
-    assert "differ" in grpo.what_is_wrong(metrics | {"grad_norm_spread": 0.5}, state, {}, config())
-    assert "no score" in grpo.what_is_wrong({"failed": 0.9}, state, {}, config())
+    assert harness.what_is_wrong(metrics, state, {}, config()) == ""
+    assert "gradients" in harness.what_is_wrong(metrics, state | {"skipped": 5}, {}, config())
+    assert "differ" in harness.what_is_wrong(metrics | {"grad_norm_spread": 0.5}, state, {}, config())
+    assert "no score" in harness.what_is_wrong({"failed": 0.9}, state, {}, config())
 
 
 def test_a_rollout_that_does_not_fit_is_made_in_two_halves_and_is_the_same(policy, monkeypatch):
@@ -218,6 +219,21 @@ def test_every_prompt_comes_once_an_epoch_in_an_order_that_only_the_seed_decides
     seen = [i for s in range(5) for i in grpo.prompts_of_step(rows, s, cfg)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == rows and seen[:10] != seen[10:]
     assert seen == [i for s in range(5) for i in grpo.prompts_of_step(rows, s, cfg)]
+
+
+def test_what_is_reported_elsewhere_is_what_is_logged(monkeypatch, tmp_path, capsys):
+    import types
+
+    seen = []
+    stand_in = types.ModuleType("wandb")  # the real one wants an account
+    stand_in.init = lambda **given: types.SimpleNamespace(log=lambda numbers: seen.append((given["name"], numbers)))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    harness.reporter(grpo.Config(report_to="wandb"), tmp_path / "run7")(3, {"kl": 0.5})
+    assert seen == [("run7", {"kl": 0.5, "step": 3})]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # not installed
+    with pytest.raises(SystemExit):
+        harness.reporter(grpo.Config(report_to="tensorboard"), tmp_path)
+    assert "pip install tensorboard" in capsys.readouterr().err
 
 
 # --- best of n

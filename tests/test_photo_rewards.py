@@ -2,7 +2,6 @@
 note of what made them; none of the originals' code is needed, or here."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch

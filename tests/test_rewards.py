@@ -19,6 +19,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import artifact_reward
 import generate
 import grpo
+import harness
 import rewards
 import serving
 
@@ -135,7 +136,7 @@ def test_image_statistics_by_hand():
 def test_stats_names_all_four_and_none_of_them_trains(capsys):
     assert tuple(rewards.parse("hps,stats")) == ("hps", *rewards.STATS)
     with pytest.raises(SystemExit):
-        grpo.check(grpo.Config(rewards="hps,edges"), 1)
+        harness.check(grpo.Config(rewards="hps,edges"), 1)
     assert "can only be watched" in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ import torch
 
 import generate
 import grpo
+import harness
 import scale
 
 
@@ -18,7 +19,7 @@ def rollouts_of(policy, cfg):
 @pytest.fixture
 def cfg():
     cfg = grpo.Config(rewards="hps", lora_rank=4, max_thought=40, device="cpu")
-    grpo.check(cfg, 1)
+    harness.check(cfg, 1)
     return cfg
 
 
@@ -54,7 +55,7 @@ def test_a_lora_checkpoint_opens_like_any_other_and_goes_on_from_its_matrices(po
     torch.save(scale.lora_state(adapted), tmp_path / "lora.pt")
     merged = generate.load_policy(str(tmp_path))
     assert torch.allclose(grpo.all_logprobs(merged, rollouts, cfg), expected, atol=1e-4)
-    again, none = grpo.load_policies(cfg, tmp_path, "cpu", torch.float32)
+    again, none = harness.load_policies(cfg, tmp_path, "cpu", torch.float32)
     assert none is None and torch.equal(grpo.all_logprobs(again, rollouts, cfg), expected)
 
 
@@ -62,7 +63,7 @@ def test_gradient_checkpointing_changes_memory_and_not_the_gradient(cfg):
     gradients = []
     for checkpointing in (False, True):
         cfg.lora_rank, cfg.gradient_checkpointing = 0, checkpointing
-        policy, reference = grpo.load_policies(cfg, None, "cpu", torch.float32)
+        policy, reference = harness.load_policies(cfg, None, "cpu", torch.float32)
         rollouts = rollouts_of(policy, cfg)
         scores = grpo.reference_logprobs(policy, reference, rollouts, cfg)
         optimizer = torch.optim.SGD(grpo.trainable(policy), lr=0.0)
@@ -106,10 +107,12 @@ def test_sharding_divides_what_is_kept_and_lora_shrinks_it():
 
 def test_a_dry_run_says_whether_it_fits_and_what_would_help(capsys):
     cfg = grpo.Config(model="deepseek-community/Janus-Pro-7B", rewards="hps", dry_run=True, world_size=8)
-    grpo.main(cfg)
+    with pytest.raises(SystemExit) as end:
+        grpo.main(cfg)
     said = capsys.readouterr().out
-    assert "does not fit into 80 GB" in said and "--shard" in said
-    grpo.main(grpo.Config(**vars(cfg) | dict(shard=True, micro_batch=8, gradient_checkpointing=True)))
+    assert end.value.code == 0 and "does not fit into 80 GB" in said and "--shard" in said
+    with pytest.raises(SystemExit):
+        grpo.main(grpo.Config(**vars(cfg) | dict(shard=True, micro_batch=8, gradient_checkpointing=True)))
     assert "\nfits into 80 GB" in capsys.readouterr().out
 
 
