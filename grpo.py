@@ -13,6 +13,7 @@ the subject: `--rewards` train, `--eval-rewards` are only watched, and nothing i
 
 Run:   torchrun grpo.py --rewards hps,artifact         the tiny world: about 7 minutes on two CPU cores
        torchrun grpo.py --rewards hps                  the same without the cure: watch gold fall
+       python grpo.py --explain                        one step, told number by number
        torchrun --nproc-per-node 8 grpo.py --model deepseek-community/Janus-Pro-1B --judge-url http://HOST:8000/v1
 
 You should see:  a bar with the rewards; every 10 steps a line on test prompts, where hps rises and the
@@ -76,6 +77,7 @@ class Config:
     shard: bool = False  # FSDP2: every process keeps its share of weights and optimizer (scale.py)
     lora_rank: int = 0  # train low-rank additions instead of the weights; 0: the weights
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    explain: bool = False  # tell one step of one group, number by number, and stop
     dry_run: bool = False  # print the plan, and whether it fits, and stop; needs neither GPU nor weights
     world_size: int = 0  # dry run: of so many processes [as many as there are]
     gpu_memory: float = 80  # dry run: GB of each
@@ -315,6 +317,10 @@ def best_of_n_pool(e):
 
 
 def main(cfg):
+    if cfg.explain:
+        import explain  # uphill, for once: the same functions, talking
+
+        return explain.explain(cfg)
     e = harness.prepare(cfg)  # policy, reference, rewards, prompts, optimizer, run folder: `e` for experiment
     if e.state["step"] == 0:
         try_out(e, 0)

@@ -326,7 +326,8 @@ def worst_gaps(run, trained, n=24):
     gap = sum(z(name) for name in trained) - (len(trained) * z(truth) if truth else 0)
     order = [i for i in np.argsort(-gap) if math.isfinite(gap[i])][:n]
     return [{"before": before[i] or "", "after": after[i] or ""}
-            | {name: value for name, value in records[i].items() if name not in ("id", "sample") and "/" not in name} for i in order]
+            | {name: value for name, value in records[i].items() if name not in ("id", "sample") and "/" not in name}
+            for i in order]
 
 
 def groups_of_last_step(run, config, n=6):

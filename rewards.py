@@ -588,11 +588,15 @@ def combine(scores, weights, group_size, how="sum", multipliers=None):
             "uwo": lambda: z.mean(1) - 0.5 * z.var(1, correction=0),
         }[how]()
     if how == "pareto":
-        groups = (values * weight.sign()).view(-1, group_size, len(names))
-        a, b = groups[:, :, None], groups[:, None]  # does b beat a: nowhere worse, somewhere better?
-        beaten = ((b >= a).all(-1) & (b > a).any(-1)).any(2).view(-1)
-        total = total.masked_fill(beaten, math.nan)
+        total = total.masked_fill(dominated(values * weight.sign(), group_size), math.nan)
     return total
+
+
+def dominated(values_NK, group_size):
+    """Who is beaten by another one of the group in every respect at once: nowhere better, somewhere worse. (N,) bool."""
+    groups = values_NK.view(-1, group_size, values_NK.shape[-1])
+    a, b = groups[:, :, None], groups[:, None]
+    return ((b >= a).all(-1) & (b > a).any(-1)).any(2).view(-1)
 
 
 def update_multipliers(multipliers, scores, floors, rate=0.1):

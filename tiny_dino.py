@@ -7,7 +7,8 @@ own past, says about another view; and about patches that are hidden from it, wh
 
     loss = CE(teacher(view a), student(view b)) on the class token  +  the same on hidden patches
 
-Both answer in K made-up categories, all of which the teacher has to use alike. The pictures come as they are, whole and broken, without labels.
+Both answer in K made-up categories, all of which the teacher has to use alike. The pictures come as they are, whole
+and broken, without labels.
 
 Run:   python tiny.py --only dino                    Read next: adversarial_reward.py
 """

@@ -325,9 +325,8 @@ def main(cfg):
         policy = generate.load_policy(str(out / "policy"))
         painted = {"train": paint(policy, rows["train"], 12, 1), "test": paint(policy, rows["test"], 8, 2)}
         aligned, clean = map(np.array, painted["test"][2:])
-        print(
-            f"policy: {(clean >= tiny.CLEAN_ENOUGH).mean():.3f} of its test pictures are artifact-free, {aligned.mean():.3f} aligned"
-        )
+        print(f"policy: {(clean >= tiny.CLEAN_ENOUGH).mean():.3f} of its test pictures are artifact-free, "
+              f"{aligned.mean():.3f} aligned")
     if "artifact" in stages:
         drawn = tiny.make_pictures(16000, 0.5, cfg.seed + 2)[2:]
         _, images, _, clean = painted["train"]

@@ -1,0 +1,39 @@
+"""The exercises: the code itself passes them, empty blanks do not, and neither do the usual mistakes."""
+
+import math
+
+import pytest
+import torch
+
+import apo
+import artifact_reward
+import exercises
+import generate
+import grpo
+import rewards
+
+SOLUTIONS = {"group_advantages": grpo.group_advantages, "guide": generate.guide, "kl_k3": grpo.kl_k3,
+             "p_no": artifact_reward.p_no, "dominated": rewards.dominated, "successive_rejects": apo.successive_rejects}
+MISTAKES = {
+    "group_advantages": lambda r, g: ((r.view(-1, g) - r.view(-1, g).mean(1, keepdim=True)) / r.std()).view(-1),
+    "guide": lambda logits, w: logits.chunk(2)[0] * w if w != 1 else logits,
+    "kl_k3": lambda logprobs, reference: logprobs - reference,
+    "p_no": lambda top: math.exp(dict((t.strip().lower(), p) for t, p in top).get("no", -math.inf)),
+    "dominated": lambda values, g: torch.zeros(len(values), dtype=torch.bool),
+    "successive_rejects": lambda race, keep, budget: race.best(keep),
+}
+
+
+@pytest.mark.parametrize("blank", exercises.GRADERS, ids=lambda f: f.__name__)
+def test_the_code_itself_is_the_solution_and_a_mistake_is_found(blank):
+    grade = exercises.GRADERS[blank]
+    grade(SOLUTIONS[blank.__name__])
+    with pytest.raises(Exception):
+        grade(MISTAKES[blank.__name__])
+    with pytest.raises(NotImplementedError):
+        grade(blank)
+
+
+def test_an_unsolved_sheet_says_so(capsys):
+    exercises.main()
+    assert capsys.readouterr().out.count("not yet") == 6
