@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import tyro
 
+import citations
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
@@ -41,7 +43,7 @@ def test_every_command_of_the_readme_and_the_headers_is_understood(script, argum
     module = importlib.import_module(script.removesuffix(".py"))
     kind = importlib.import_module("tiny_train").Config if script == "tiny.py" else getattr(module, "Config", None)
     if kind is None:
-        assert script == "exercises.py" and not arguments
+        assert not arguments  # a script without flags
     elif arguments != ("--help",):
         tyro.cli(kind, args=list(arguments))
 
@@ -76,3 +78,7 @@ def test_importing_a_file_does_no_work():
         for node in ast.parse(script.read_text()).body:
             assert not isinstance(node, (ast.For, ast.While, ast.With)), f"{script.name}, line {node.lineno}"
     assert sys.path  # and all of them were imported by now, without a model being loaded
+
+
+def test_the_map_from_papers_to_code_is_what_the_comments_say():
+    assert "\n".join(citations.table()) in README
