@@ -1,23 +1,32 @@
 """One step of GRPO as a story: one prompt, one group, every number on the way from a text to a gradient.
 
-Run:   python grpo.py --explain                 or with any other flags of grpo.py: --rewards, --model, --advantage ...
+And one picture of it: the same group, with the same noise, painted by the policy before and after training, ranked, with
+rewards and advantages under each picture.
 
-You should see:  the story on the screen, shapes included, and runs/explain.html with the pictures.
+Run:   python grpo.py --explain                 or with any other flags of grpo.py: --rewards, --model, --advantage ...
+       python explain.py runs/tiny_hps_seed1 runs/tiny_hps+artifact_seed1 --prompt "a red star and a blue circle"
+
+You should see:  the story on the screen, shapes included, and runs/explain.html with the pictures; or docs/group.png.
 
 Read next: grpo.py, where the same happens without talking.
 """
 
 import html
+import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
+from PIL import Image
 
 import generate
 import grpo
 import harness
 import report
 import rewards as reward_models
-from files import atomic
+from files import atomic, checkpoints, usage_error
 
 
 def explain(cfg, group=0):
@@ -78,3 +87,66 @@ def explain(cfg, group=0):
         told = "".join(f"<p>{html.escape(text.strip())}</p>" for text in said if "|" not in text)
         file.write(report.page("One step of GRPO", told + report.table(table)))
     print(f"\nlook at {page}")
+
+
+# --- one group, before and after -------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]  # run folders, a row each below the untrained policy
+    prompt: str = "a red star and a blue circle"
+    pictures: int = 8  # the group
+    seed: int = 1
+    figure: str = "docs/group.png"
+
+
+def group_row(name, folder, trained, cfg):
+    """The group of one policy: (title, [(picture, {reward: score}, advantage)], best first)."""
+    policy = generate.load_policy(folder)
+    row = {"id": "0", "prompt": cfg.prompt}
+    keys = [(cfg.seed, 0, 0, k) for k in range(cfg.pictures)]
+    rollouts = generate.sample(policy, [cfg.prompt] * cfg.pictures, keys)
+    names = dict.fromkeys([*trained, "hps", "artifact", "gold-clean"])
+    scores = reward_models.score({n: reward_models.load(n, checkpoint="tiny") for n in names}, rollouts.prompts,
+                                 rollouts.images, [row] * cfg.pictures)
+    advantages = grpo.group_advantages(sum(scores[n] for n in trained), cfg.pictures)
+    order = advantages.argsort(descending=True).tolist()
+    return name, [(rollouts.images[i], {n: scores[n][i].item() for n in names}, advantages[i].item()) for i in order]
+
+
+def group_figure(rows, cfg):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(rows), cfg.pictures, figsize=(1.45 * cfg.pictures, 2.45 * len(rows)), squeeze=False)
+    figure.suptitle(f'"{cfg.prompt}", the same noise; a row is a group, the best first', fontsize=11)
+    for line, (title, group) in zip(axes, rows):
+        for axis, (picture, scores, advantage) in zip(line, group):
+            axis.imshow(picture.resize((128, 128), Image.NEAREST))
+            told = "\n".join(f"{name.replace('gold-clean', 'whole')} {value:.2f}" for name, value in scores.items())
+            axis.set_xlabel(f"{told}\nA {advantage:+.2f}", fontsize=8)
+            axis.set(xticks=[], yticks=[])
+        line[0].set_title(title, fontsize=10, loc="left")
+    figure.tight_layout()
+    with atomic(cfg.figure, "wb") as file:
+        figure.savefig(file, format="png", dpi=80)
+    plt.close(figure)
+
+
+def main(cfg):
+    rows = [group_row("before training; advantages by hps", "tiny", ["hps"], cfg)]
+    for run in map(Path, cfg.runs):
+        if not checkpoints(run):
+            usage_error(f"{run}: no checkpoints/step-* in it; give run folders that grpo.py has made")
+        flags = json.loads((run / "config.json").read_text())["flags"]
+        trained = list(reward_models.parse(flags["rewards"]))
+        rows.append(group_row(f"after GRPO on {flags['rewards']}", str(checkpoints(run)[-1]), trained, cfg))
+    group_figure(rows, cfg)
+    print(f"look at {cfg.figure}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

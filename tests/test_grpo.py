@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 import tyro
 
+import explain
 import files
 import generate
 import grpo
@@ -333,6 +335,24 @@ def test_a_run_leaves_everything_a_person_looks_at(whole_run):
         "advantage",
     } <= record.keys()
     assert not list(whole_run.rglob("*.partial"))
+
+
+def test_a_step_can_be_told_number_by_number(tmp_path, capsys):
+    cfg = grpo.Config(rewards="hps", num_generations=4, max_thought=40, device="cpu", explain=True, output_dir=str(tmp_path))
+    grpo.main(cfg)
+    said = capsys.readouterr().out
+    assert all(f"\n{number}. " in "\n" + said for number in range(1, 8)) and "picture tokens (4, 64)" in said
+    assert (tmp_path / "explain.html").read_text().count("data:image/png") == 4
+    assert float(re.search(r"two columns is ([+-][\d.]+)", said)[1]) > 0.5  # better pictures became likelier
+
+
+def test_one_group_is_drawn_before_and_after(whole_run, tmp_path):
+    cfg = explain.Config(runs=(str(whole_run),), pictures=3, figure=str(tmp_path / "group.png"))
+    title, group = explain.group_row("x", str(files.checkpoints(whole_run)[-1]), ["hps"], cfg)
+    assert [a for _, _, a in group] == sorted((a for _, _, a in group), reverse=True)
+    assert [s["hps"] for _, s, _ in group] == sorted((s["hps"] for _, s, _ in group), reverse=True)
+    explain.group_figure([(title, group)], cfg)
+    assert (tmp_path / "group.png").stat().st_size > 3000
 
 
 def test_the_learning_rate_falls_linearly_to_zero(whole_run):
