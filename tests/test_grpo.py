@@ -343,7 +343,7 @@ def test_a_step_can_be_told_number_by_number(tmp_path, capsys):
     said = capsys.readouterr().out
     assert all(f"\n{number}. " in "\n" + said for number in range(1, 8)) and "picture tokens (4, 64)" in said
     assert (tmp_path / "explain.html").read_text().count("data:image/png") == 4
-    assert float(re.search(r"two columns is ([+-][\d.]+)", said)[1]) > 0.5  # better pictures became likelier
+    assert float(re.search(r"two columns is ([+-]\d\.\d+)", said)[1]) > 0.5  # better pictures became likelier
 
 
 def test_one_group_is_drawn_before_and_after(whole_run, tmp_path):
