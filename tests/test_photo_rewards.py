@@ -138,3 +138,39 @@ def test_vqascore_of_a_batch_is_that_of_each_alone(vqascore):
 
 def test_the_head_of_t5_is_not_its_embedding(vqascore):
     assert not torch.equal(vqascore.t5.lm_head.weight, vqascore.t5.shared.weight)
+
+
+# --- full size, on the meta device: the architectures have the published numbers of parameters
+
+
+def parameters(kind, config):
+    with torch.device("meta"):
+        return sum(p.numel() for p in kind(config).parameters())
+
+
+def test_architectures_of_full_size_have_the_published_numbers_of_parameters():
+    from transformers import (CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, LlavaOnevisionConfig,
+                              LlavaOnevisionForConditionalGeneration, T5Config, T5ForConditionalGeneration)
+
+    clip_h = CLIPConfig(
+        text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                         projection_dim=1024, hidden_act="gelu"),
+        vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
+                           patch_size=14, image_size=224, projection_dim=1024, hidden_act="gelu"), projection_dim=1024)
+    assert parameters(CLIPModel, clip_h) == 986_109_441  # HPS v2.1, PickScore
+    orm = LlavaOnevisionConfig(
+        text_config=dict(model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                         num_attention_heads=28, num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
+        vision_config=dict(model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304, patch_size=14,
+                           num_hidden_layers=26, num_attention_heads=16, image_size=384, vision_use_head=False),
+        tie_word_embeddings=False)
+    assert parameters(LlavaOnevisionForConditionalGeneration, orm) == pytest.approx(8.030e9, rel=1e-3)
+    for width, hidden, heads, expected in ((2048, 5120, 32, 2.850e9), (4096, 10240, 64, 11.135e9)):  # flan-t5-xl, -xxl
+        t5 = T5Config(d_model=width, d_ff=hidden, num_heads=heads, d_kv=64, num_layers=24, vocab_size=32128,
+                      feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+        # Built, its head and its embedding are one matrix; loaded, they are two.
+        assert parameters(T5ForConditionalGeneration, t5) + 32128 * width == pytest.approx(expected, rel=1e-3)
+    base = Dinov2Config(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, patch_size=14, image_size=518)
+    assert parameters(Dinov2Model, base) == pytest.approx(86.58e6, rel=1e-3)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in maniqa.MANIQA().parameters()) == 135_747_530
