@@ -206,8 +206,8 @@ class Adversarial:
 
 
 class AdversarialPickScore(Adversarial):
-    """The paper's other kind: PickScore, the last two layers of whose vision tower are trained along. It reads the
-    prompt, and begins with what people like instead of with nothing."""
+    """The paper's other kind: PickScore, the last layers of whose vision tower are trained along (here two; the released
+    configuration has one). It reads the prompt, and begins with what people like instead of with nothing."""
 
     range = (0.0, 40.0)
     needs = ("text", "references")

@@ -68,7 +68,7 @@ def by_plain_loop(policy, prompts, weight):
 def ours(policy, prompts, weight):
     uniform = torch.rand(len(prompts), policy.grid**2, device=policy.device)
     ids, mask = generate.image_context(policy, prompts, [""] * len(prompts))
-    with torch.no_grad(), policy.arithmetic():
+    with torch.no_grad():
         return generate.paint_tokens(policy, ids, mask, uniform, weight)
 
 
@@ -146,9 +146,10 @@ def plain_step(policy, reference, scorers, rows, jobs, cfg, optimizer):
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def timed(function, *args):
+def timed(function, policy, *args):
     start = time.perf_counter()
-    function(*args)
+    with policy.arithmetic():
+        function(policy, *args)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start

@@ -24,6 +24,7 @@ Read next: README.md, "Which cure works?"
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -79,7 +80,7 @@ class Config:
 
 
 def file_of(cfg, cure, seed):
-    return Path(cfg.results) / f"{list(CURES).index(cure):02d}_seed{seed}.json"
+    return Path(cfg.results) / f"{re.sub('[^a-z0-9.]+', '_', cure.lower())}_seed{seed}.json"
 
 
 def command(cfg, cure, seed):
@@ -214,8 +215,12 @@ def main(cfg):
     failed = []
     with ThreadPoolExecutor(cfg.workers) as pool:
         running = [pool.submit(train, cfg, cure, seed) for cure, seed in todo]
-        for done in tqdm(as_completed(running), total=len(todo), desc="runs", disable=not todo):
-            failed += [done.result()] if done.result() else []
+        try:
+            for done in tqdm(as_completed(running), total=len(todo), desc="runs", disable=not todo):
+                failed += [done.result()] if done.result() else []
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
     results = read_results(cfg)
     contest_figure(results, cfg.figure)
     print("\n".join(report.markdown(contest_table(results))))

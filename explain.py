@@ -35,7 +35,8 @@ def explain(cfg, group=0):
     device, dtype = generate.pick_device(cfg.device, cfg.dtype)
     policy, reference = harness.load_policies(cfg, None, device, dtype)
     train_on, watch = harness.load_rewards(weights, cfg, device), harness.load_rewards(held_out, cfg, device)
-    row, G = rows[grpo.prompts_of_step(rows, 0, cfg)[group]], cfg.num_generations
+    place, G = grpo.prompts_of_step(rows, 0, cfg)[group], cfg.num_generations
+    row = rows[place]
     said = []
 
     def say(text):
@@ -43,7 +44,7 @@ def explain(cfg, group=0):
         print(text)
 
     say(f'1. The prompt:  "{row["prompt"]}"')
-    rollouts = grpo.rollout(policy, [row], [(0, k) for k in range(G)], 0, cfg)
+    rollouts = grpo.rollout(policy, rows, [(place, k) for k in range(G)], 0, cfg)  # as the first step of a run would paint it
     N, T, C = *rollouts.image_ids.shape, rollouts.thought_ids.shape[1]
     say(f"2. The policy answers it {N} times: a group. Each time it thinks, then paints.")
     say(f"   thought tokens {tuple(rollouts.thought_ids.shape)}, of which {rollouts.thought_mask.sum(1).tolist()} are words "
@@ -59,18 +60,18 @@ def explain(cfg, group=0):
         f"advantage = (reward - mean) / (deviation + 1e-4)" if cfg.advantage == "group" else "")
     old = grpo.all_logprobs(policy, rollouts, cfg)
     before = grpo.reference_logprobs(policy, reference, rollouts, cfg)
-    mask, picture = rollouts.mask, torch.arange(C + T) >= C
+    mask, picture = rollouts.mask, torch.arange(C + T, device=policy.device) >= C
     say(f"4. Log-probabilities of exactly these tokens: {tuple(old.shape)}, thought and picture in one row.")
     say(f"   a thought of the group has {(old * (mask & ~picture)).sum(1).mean():.1f} nats on average, a picture "
         f"{(old * (mask & picture)).sum(1).mean():.1f}; the reference says the same, for nothing has been learned yet: "
         f"KL {grpo.kl_k3(old, before)[mask].sum() / N:.6f}")
-    loss = grpo.grpo_loss(old, old, before, advantages, mask, cfg.beta, cfg.epsilon, cfg.epsilon_high)
+    loss = grpo.grpo_loss(old, old, before, advantages.to(policy.device), mask, cfg.beta, cfg.epsilon, cfg.epsilon_high)
     say(f"5. Ratio pi / pi_old = 1 everywhere; loss = mean over {int(mask.sum())} tokens of -advantage + beta KL = "
         f"{loss.sum() / mask.sum():.4f}. About 0, as advantages are, and yet:")
     optimizer = torch.optim.AdamW(grpo.trainable(policy), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0)
     metrics = grpo.update(policy, before, optimizer, rollouts, advantages, cfg)
     after = grpo.all_logprobs(policy, rollouts, cfg)
-    change = ((after - old) * mask).sum(1)
+    change = ((after - old) * mask).sum(1).cpu()
     say(f"6. its gradient is not 0 (norm {metrics['grad_norm']:.3f}). One step of AdamW at {cfg.learning_rate:g} later, "
         f"the log-probability of each rollout has changed as in the last column:")
     names = [*weights, *held_out]
@@ -101,16 +102,18 @@ class Config:
     figure: str = "docs/group.png"
 
 
-def group_row(name, folder, trained, cfg):
-    """The group of one policy: (title, [(picture, {reward: score}, advantage)], best first)."""
+def group_row(name, folder, weights, how, cfg):
+    """The group of one policy: (title, [(picture, {reward: score}, advantage)], best first). weights, how: as it was
+    trained, which is how its advantages are made."""
     policy = generate.load_policy(folder)
     row = {"id": "0", "prompt": cfg.prompt}
     keys = [(cfg.seed, 0, 0, k) for k in range(cfg.pictures)]
     rollouts = generate.sample(policy, [cfg.prompt] * cfg.pictures, keys)
-    names = dict.fromkeys([*trained, "hps", "artifact", "gold-clean"])
+    names = dict.fromkeys([*weights, "hps", "artifact", "gold-clean"])
     scores = reward_models.score({n: reward_models.load(n, checkpoint="tiny") for n in names}, rollouts.prompts,
                                  rollouts.images, [row] * cfg.pictures)
-    advantages = grpo.group_advantages(sum(scores[n] for n in trained), cfg.pictures)
+    total = reward_models.combine(scores, weights, cfg.pictures, how, dict.fromkeys(weights, 1.0))
+    advantages = grpo.group_advantages(total, cfg.pictures)
     order = advantages.argsort(descending=True).tolist()
     return name, [(rollouts.images[i], {n: scores[n][i].item() for n in names}, advantages[i].item()) for i in order]
 
@@ -137,13 +140,13 @@ def group_figure(rows, cfg):
 
 
 def main(cfg):
-    rows = [group_row("before training; advantages by hps", "tiny", ["hps"], cfg)]
+    rows = [group_row("before training; advantages by hps", "tiny", {"hps": 1.0}, "sum", cfg)]
     for run in map(Path, cfg.runs):
         if not checkpoints(run):
             usage_error(f"{run}: no checkpoints/step-* in it; give run folders that grpo.py has made")
         flags = json.loads((run / "config.json").read_text())["flags"]
-        trained = list(reward_models.parse(flags["rewards"]))
-        rows.append(group_row(f"after GRPO on {flags['rewards']}", str(checkpoints(run)[-1]), trained, cfg))
+        weights = reward_models.parse(flags["rewards"])
+        rows.append(group_row(f"after GRPO on {flags['rewards']}", str(checkpoints(run)[-1]), weights, flags["combine"], cfg))
     group_figure(rows, cfg)
     print(f"look at {cfg.figure}")
 

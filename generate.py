@@ -236,7 +236,7 @@ def decode(policy, ids, mask, new_tokens, uniform, embed, head, eos=None):
     tokens, ended = [], torch.zeros(len(uniform), dtype=torch.bool, device=ids.device)
     for t in range(new_tokens):
         hidden = policy.body(
-            inputs_embeds=x,
+            inputs_embeds=x.to(policy.dtype),  # or the cache would be made for float32, and refuse what comes
             attention_mask=allowed,
             position_ids=position,
             past_key_values=cache,
@@ -377,7 +377,7 @@ def teach(policy, context, mask, continuation, continuation_mask=None):
     mask = torch.cat([mask, continuation_mask[:, :-1]], 1)
     position = (mask.cumsum(1) - 1).clamp(min=0)
     out = policy.body(
-        inputs_embeds=x, attention_mask=causal(mask, x.shape[1]), position_ids=position, use_cache=False
+        inputs_embeds=x.to(policy.dtype), attention_mask=causal(mask, x.shape[1]), position_ids=position, use_cache=False
     )
     return out.last_hidden_state[:, -n:]
 

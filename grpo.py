@@ -108,7 +108,7 @@ class Config:
 def group_advantages(total_N, group_size, divide="group"):
     """Rewards -> advantages (N,), group by group. NaN rewards get 0 and do not move the others' mean.
 
-    The deviation has n - 1, as released (T2I-R1 grpo_trainer.py:752). A unanimous group has nothing to
+    The deviation has n - 1, as released (T2I-R1 grpo_trainer.py:743). A unanimous group has nothing to
     teach: 0 / 1e-4 = 0. Per group and not per batch: an easy prompt must not make every picture of a hard
     one look bad. By std only if asked: it blows up nearly tied groups (Dr.GRPO, arXiv:2503.20783). "best": 1 for
     the best picture, 0 for the others, so that the loss is the likelihood of the best of G (RAFT, arXiv:2304.06767)."""
@@ -184,14 +184,14 @@ def rollout(policy, rows, jobs, stream, cfg, halve=True):
     prompts = [rows[i]["prompt"] for i, _ in jobs]
     try:
         return generate.sample(policy, prompts, keys, cfg.cot, weight, cfg.max_thought)
-    except torch.OutOfMemoryError:  # in two halves, once: a rollout is the same in any batch
+    except torch.OutOfMemoryError:
         if not halve or len(jobs) < 2:
             raise
-        torch.cuda.empty_cache()
-        tqdm.write(f"out of memory with {len(jobs)} rollouts at a time: going on with half as many", file=sys.stderr)
-        middle = len(jobs) // 2
-        halves = [rollout(policy, rows, part, stream, cfg, False) for part in (jobs[:middle], jobs[middle:])]
-        return generate.join(halves)
+    # In two halves, once: a rollout is the same in any batch. Out here the exception, and the memory it held, are gone.
+    torch.cuda.empty_cache()
+    tqdm.write(f"out of memory with {len(jobs)} rollouts at a time: going on with half as many", file=sys.stderr)
+    middle = len(jobs) // 2
+    return generate.join([rollout(policy, rows, part, stream, cfg, False) for part in (jobs[:middle], jobs[middle:])])
 
 
 def slices(rollouts, cfg):
@@ -239,13 +239,12 @@ def update(policy, reference_NS, optimizer, rollouts, advantages, cfg):
             optimizer.zero_grad()
             break
         optimizer.step()
-    norms = scale.gather([norm.item()])  # the same on all processes, or they are no longer training one policy
     kl = torch.where(mask, kl_k3(torch.cat(old), reference_NS), 0.0).sum().item()
     sums = scale.gather([torch.tensor([loss_sum, clipped / tokens, kl, len(rollouts)], dtype=torch.float64)])
     loss_sum, clipped, kl, n = torch.stack(sums).sum(0).tolist()
     return {"loss": loss_sum / cfg.updates_per_rollout, "clip_ratio": clipped / cfg.updates_per_rollout,
             "kl": kl / n,  # nats a rollout, of the policy that sampled: before this update
-            "grad_norm": norm.item(), "grad_norm_spread": max(norms) - min(norms), "skipped": int(not norm.isfinite()),
+            "grad_norm": norm.item(), "skipped": int(not norm.isfinite()),
             "learning_rate": optimizer.param_groups[0]["lr"]}
 
 
@@ -296,7 +295,8 @@ def test(policy, reference, scorers, rows, cfg, rank, world):
         scores["kl"] = torch.where(rollouts.mask, k3, 0.0).sum(1)
         records += harness.record(chosen, batch, rollouts, scores | harness.image_statistics(rollouts.images))
         shown += rollouts.images
-    return scale.gather(records), scale.gather(shown)
+    everyone = sorted(scale.gather(list(zip(jobs, records, shown))), key=lambda entry: entry[0][::-1])
+    return [r for _, r, _ in everyone], [image for *_, image in everyone]
 
 
 def best_of_n_pool(e):

@@ -63,6 +63,10 @@ def check(cfg, world):
     if learning:
         usage_error(f"--eval-rewards {', '.join(learning)}: it knows nothing unless it learns beside the policy; "
                     "name it in --rewards")
+    away = [name for name in reward_models.addresses(cfg.rewards) if hasattr(reward_models.REWARDS[name], "learn")]
+    if away:
+        usage_error(f"--rewards {', '.join(away)}@...: it learns from the policy's pictures, and can only do so here; leave "
+                    "the address out")
     if cfg.num_generations < 2:
         usage_error(f"--num-generations {cfg.num_generations}: a group of one has no baseline; use 4 or more")
     if cfg.prompts_per_step < 1 or cfg.prompts_per_step % world:
@@ -81,24 +85,28 @@ def check(cfg, world):
     for name in positive.split():
         if not getattr(cfg, name) > 0:
             usage_error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be greater than 0")
-    return weights, held_out, files.load_prompts(cfg.prompts), files.load_prompts(cfg.test_prompts)
+    rows = files.load_prompts(cfg.prompts)
+    if len(rows) < cfg.prompts_per_step:
+        usage_error(f"--prompts {cfg.prompts}: {len(rows)} prompts for --prompts-per-step {cfg.prompts_per_step}; a step "
+                    "needs as many different ones, or two groups would be copies")
+    return weights, held_out, rows, files.load_prompts(cfg.test_prompts)
 
 
 def load_policies(cfg, checkpoint, device, dtype):
     """(policy, reference): what is trained, and what it was. With LoRA the policy is its own reference: None."""
     load = lambda name: generate.load_policy(str(name), device, dtype, cfg.train_image_head)
     if cfg.lora_rank:
-        policy = scale.add_lora(load(cfg.model), cfg.lora_rank)
+        policy = scale.add_lora(load(cfg.model), cfg.lora_rank, cfg.seed)
         if checkpoint:
-            policy.model.load_state_dict(torch.load(checkpoint / "lora.pt", weights_only=True), strict=False)
+            policy.model.load_state_dict(torch.load(checkpoint / "lora.pt", weights_only=True, map_location="cpu"), strict=False)
         reference = None
     else:
-        policy, reference = load(checkpoint or cfg.model), load(cfg.model)
+        spread = scale.shard if cfg.shard else lambda policy: policy
+        policy = spread(load(checkpoint or cfg.model))  # one after the other: two whole ones need not fit
+        reference = spread(load(cfg.model))
         reference.model.requires_grad_(False)
     if cfg.gradient_checkpointing:
         policy.body.gradient_checkpointing_enable({"use_reentrant": False})
-    if cfg.shard:
-        scale.shard(policy), scale.shard(reference)
     return policy, reference
 
 
@@ -119,9 +127,9 @@ def load_state(checkpoint, optimizer, weights, learners):
     """The counters of a run: the next step, the multipliers of combine=constrained, the steps skipped just now."""
     if not checkpoint:
         return {"step": 0, "multipliers": {name: 1.0 for name in list(weights)[1:]}, "skipped": 0}
-    scale.load_optimizer(optimizer, torch.load(checkpoint / "optimizer.pt", weights_only=True))
+    scale.load_optimizer(optimizer, torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True))
     for name, reward in learners.items():
-        reward.load_state_dict(torch.load(checkpoint / f"{name}.pt", weights_only=True))
+        reward.load_state_dict(torch.load(checkpoint / f"{name}.pt", weights_only=True, map_location="cpu"))
     return json.loads((checkpoint / "state.json").read_text())
 
 
@@ -165,6 +173,7 @@ class Experiment:
             extra = {"optimizer": moments, **{name: reward.state_dict() for name, reward in self.learners.items()}}
             extra |= {"lora": scale.lora_state(self.policy)} if self.cfg.lora_rank else {}
             files.save_checkpoint(self.folder, self.state, self.policy, weights, extra, self.cfg.save_total_limit)
+        scale.gather([None])  # nobody goes on, or ends, before it is written: torchrun would take that for a death
 
     def stop_if_asked(self):
         if any(scale.gather([bool(self.stop)])):
@@ -174,6 +183,7 @@ class Experiment:
         """Write the step down and move on; returns further metrics."""
         records = scale.gather(record(asked, jobs, rollouts, scores))
         more = summarize(records, list(self.weights), list(self.watch), self.cfg)
+        more["processes_agree"] = int(len(set(scale.gather([fingerprint(self.policy)]))) == 1)
         more["diversity"] = mean(scale.gather(hacking.diversity(rollouts.images, self.cfg.num_generations)))
         self.log.step(step, metrics | more, records)
         self.state = {"step": step + 1, "skipped": (self.state["skipped"] + 1) * metrics["skipped"],
@@ -194,6 +204,12 @@ class Experiment:
             give_up(trouble, 3, self.rank)
 
 
+def fingerprint(policy):
+    """A number that two processes share if they have the same trained weights (shards are parts of one set: 0)."""
+    trained = [p.detach() for p in policy.model.parameters() if p.requires_grad and not isinstance(p, scale.DTensor)]
+    return sum(p.double().sum().item() for p in trained)
+
+
 def learners(rewards):
     """Those of these rewards that are trained along."""
     return {name: reward for name, reward in rewards.items() if hasattr(reward, "learn")}
@@ -201,8 +217,8 @@ def learners(rewards):
 
 def prepare(cfg):
     """Check, load, and open the run folder; in this order, so that wrong usage costs nothing."""
-    rank, world = scale.start_processes()
-    weights, held_out, rows, test_rows = check(cfg, world)
+    rank, world = scale.start_processes(cfg.device)
+    weights, held_out, rows, test_rows = check(cfg, cfg.world_size or world if cfg.dry_run else world)
     if cfg.dry_run:
         scale.print_plan(cfg, cfg.world_size or world)
         raise SystemExit(0)
@@ -227,13 +243,14 @@ def prepare(cfg):
 
 
 def listen_for_sigterm():
-    """A list that is not empty any more when the run has been asked to stop. Asked twice, it stops at once."""
+    """A list that is not empty any more when the run has been asked to stop. Asked again ten seconds later, it stops at
+    once; sooner, that is the same request, which a cluster sends to the process and to its launcher, who passes it on."""
     stop = []
 
     def heard(number, frame):
-        if stop:
+        if stop and time.monotonic() - stop[0] > 10:
             raise SystemExit(143)
-        stop.append(number)
+        stop.append(time.monotonic())
 
     signal.signal(signal.SIGTERM, heard)
     return stop
@@ -246,8 +263,8 @@ def what_is_wrong(metrics, state, scorers, cfg):
         for reward in scorers.values():
             reasons |= getattr(reward, "failures", Counter())
         return f"{metrics['failed']:.0%} of the rollouts had no score: {dict(reasons)}"
-    if metrics["grad_norm_spread"] > 1e-3 * metrics["grad_norm"]:
-        return f"the processes' gradients differ by {metrics['grad_norm_spread']:.2g}: do all load the same checkpoint?"
+    if not metrics["processes_agree"]:
+        return "the processes train different policies: their weights are not the same any more"
     if state["skipped"] >= PATIENCE:
         return f"{PATIENCE} steps in a row had gradients that are no numbers, and were skipped; lower --learning-rate"
     return ""

@@ -23,16 +23,17 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import JanusConfig, JanusForConditionalGeneration
 
-from files import usage_error
+from files import HERE, usage_error
 
 # --- several processes -----------------------------------------------------------------------------
 
 
-def start_processes():
+def start_processes(device="auto"):
     """(rank, number of processes). torchrun sets RANK; without it this is one process."""
+    cuda = torch.cuda.is_available() and device in ("auto", "cuda")
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    if torch.cuda.is_available():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -64,7 +65,10 @@ def shard(policy):
     nodes, kind = dist.get_world_size() // local, policy.device.type
     shape, names = ((nodes, local), ("replicate", "shard")) if nodes > 1 else ((local,), ("shard",))
     options = dict(mesh=init_device_mesh(kind, shape, mesh_dim_names=names),
-                   mp_policy=MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=torch.float32))
+                   # Inputs keep their type: among them are the random numbers that choose the tokens, and in bfloat16
+                   # one in five hundred of those would be 1.
+                   mp_policy=MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=torch.float32,
+                                                  cast_forward_inputs=False))
     for layer in policy.body.layers:
         fully_shard(layer, **options)
     fully_shard(policy.model, ignored_params=set(policy.model.model.vqmodel.parameters()), **options)
@@ -94,13 +98,16 @@ def gathered(*policies):
 # --- LoRA -----------------------------------------------------------------------------------------
 
 
-def add_lora(policy, rank):
-    """In place: W becomes W + 2 B A, A and B of this rank, B = 0 at first; only they are trained (arXiv:2106.09685)."""
+def add_lora(policy, rank, seed=0):
+    """In place: W becomes W + 2 B A, A and B of this rank, B = 0 at first; only they are trained (arXiv:2106.09685). A is
+    random, and has to be the same on all processes."""
     from peft import LoraConfig, inject_adapter_in_model
 
     policy.model.requires_grad_(False)
     targets = r".*language_model\.layers\..*(q|k|v|o|gate|up|down)_proj"
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), policy.model)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), policy.model)
     return policy
 
 
@@ -216,12 +223,13 @@ def plan(config, world, painted, micro_batch, guided, thought, beta, sharded, lo
         "weights, gradients, Adam: 16 bytes a trained parameter": 16 * count["trained"] / share,
         "frozen weights: 4 bytes": 4 * frozen / share,
         "reference policy: 4 bytes": 4 * count["total"] / share if beta and not lora_rank else 0,
-        "rollout: gathered weights": gathered_bytes,
+        "autocast's copies: 2 bytes a trained parameter": 0 if sharded else 2 * count["trained"],
+        "rollout: gathered weights; in tests, of the reference too": 2 * gathered_bytes,
         "rollout: keys and values": kv * painted * (2 if guided else 1) * length,
         "update: activations": kept,
         "update: logits, float32, three alive": 3 * 4 * micro_batch * heads}
-    state = sum(list(gigabytes.values())[:3])
-    rollout, update = sum(list(gigabytes.values())[3:5]), sum(list(gigabytes.values())[5:])
+    state = sum(list(gigabytes.values())[:4])
+    rollout, update = sum(list(gigabytes.values())[4:6]), sum(list(gigabytes.values())[6:])
     return count | {"tokens a picture": T}, {name: value / 1e9 for name, value in gigabytes.items()} | {
         "peak, rollout": (state + rollout) / 1e9, "peak, update": (state + update) / 1e9}
 
@@ -229,7 +237,7 @@ def plan(config, world, painted, micro_batch, guided, thought, beta, sharded, lo
 def print_plan(cfg, world):
     """--dry-run: what would happen, and whether it fits."""
     try:
-        config = janus_config("tiny/policy" if cfg.model == "tiny" else cfg.model)
+        config = janus_config(HERE / "tiny" / "policy" if cfg.model == "tiny" else cfg.model)
     except OSError:
         usage_error(f"--dry-run --model {cfg.model}: no configuration to be had; give a folder, or one of "
                     f"{', '.join(JANUS_PRO)}")

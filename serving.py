@@ -47,21 +47,21 @@ class Elsewhere:
     checkpoint = None
     remote = True
 
-    def __init__(self, name, url, timeout=60.0, tries=3):
+    def __init__(self, name, url, timeout=300.0, tries=3):
         self.url, self.timeout, self.tries, self.failures = url, timeout, tries, Counter()
         try:
             about = requests.get(f"{url}/about", timeout=10).json()
-        except (requests.RequestException, ValueError) as problem:
+            self.range, self.reference = tuple(about["range"]), about["reference"]
+        except (requests.RequestException, ValueError, KeyError, TypeError) as problem:
             usage_error(f"no reward answers at {url} ({type(problem).__name__}); start it there with "
                         f"`python rewards.py serve {name} --port {url.rpartition(':')[2]}`")
         if about["name"] != name:
             usage_error(f"{name}@{url}: {about['name']!r} is served there; name that, or another address")
-        self.range, self.reference = tuple(about["range"]), about["reference"]
 
     def __call__(self, prompts, images, metadata=None):
         scores, metadata = [], list(metadata or [{}] * len(images))
-        for i in range(0, len(images), 64):
-            scores += self.ask(list(prompts[i : i + 64]), images[i : i + 64], metadata[i : i + 64])
+        for i in range(0, len(images), 16):
+            scores += self.ask(list(prompts[i : i + 16]), images[i : i + 16], metadata[i : i + 16])
         return torch.tensor([math.nan if value is None else value for value in scores])
 
     def ask(self, prompts, images, metadata):

@@ -54,6 +54,12 @@ def test_early_stopping_is_the_run_without_a_cure_up_to_its_stopping_time(tmp_pa
     assert stopped["gold"][0] == pytest.approx(0.1) and stopped["minutes"][0] == 1.0
 
 
+def test_a_result_is_filed_under_the_name_of_its_cure(tmp_path):
+    cfg = contest.Config(results=str(tmp_path))
+    names = {contest.file_of(cfg, cure, 1).name for cure in contest.CURES}
+    assert len(names) == len(contest.CURES) and "kl_beta_.05_seed1.json" in names
+
+
 def test_the_stopping_time_is_before_the_judge_falls_by_two_standard_errors(tmp_path):
     (tmp_path / "tests").mkdir()
     scores = {0: (0.5, 0.7), 10: (0.6, 0.6), 20: (0.2, 0.4), 30: (0.9, 0.9)}

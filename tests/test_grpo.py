@@ -189,10 +189,10 @@ def test_a_step_whose_gradient_is_no_number_is_not_taken(monkeypatch):
 
 
 def test_five_skipped_steps_in_a_row_end_the_run():
-    state, metrics = {"skipped": 4}, {"failed": 0.0, "grad_norm": 1.0, "grad_norm_spread": 0.0}
+    state, metrics = {"skipped": 4}, {"failed": 0.0, "processes_agree": True}
     assert harness.what_is_wrong(metrics, state, {}, config()) == ""
     assert "gradients" in harness.what_is_wrong(metrics, state | {"skipped": 5}, {}, config())
-    assert "differ" in harness.what_is_wrong(metrics | {"grad_norm_spread": 0.5}, state, {}, config())
+    assert "different policies" in harness.what_is_wrong(metrics | {"processes_agree": False}, state, {}, config())
     assert "no score" in harness.what_is_wrong({"failed": 0.9}, state, {}, config())
 
 
@@ -273,12 +273,11 @@ SMALL = [
 ]
 
 
-def start(args, processes=1, **environment):
-    launcher = (
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        if processes > 1
-        else [sys.executable]
-    )
+def start(args, processes=1, restarts=0, **environment):
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+                     "--max-restarts", str(restarts)]
     return subprocess.Popen(
         [*launcher, str(ROOT / "grpo.py"), *args],
         stdout=subprocess.PIPE,
@@ -291,7 +290,7 @@ def start(args, processes=1, **environment):
 
 def finish(process, code=0):
     out, err = process.communicate(timeout=240)
-    assert process.returncode == code, err[-2000:]
+    assert process.returncode == code, err[-9000:]
     return out, err
 
 
@@ -348,7 +347,7 @@ def test_a_step_can_be_told_number_by_number(tmp_path, capsys):
 
 def test_one_group_is_drawn_before_and_after(whole_run, tmp_path):
     cfg = explain.Config(runs=(str(whole_run),), pictures=3, figure=str(tmp_path / "group.png"))
-    title, group = explain.group_row("x", str(files.checkpoints(whole_run)[-1]), ["hps"], cfg)
+    title, group = explain.group_row("x", str(files.checkpoints(whole_run)[-1]), {"hps": 1.0}, "sum", cfg)
     assert [a for _, _, a in group] == sorted((a for _, _, a in group), reverse=True)
     assert [s["hps"] for _, s, _ in group] == sorted((s["hps"] for _, s, _ in group), reverse=True)
     explain.group_figure([(title, group)], cfg)
@@ -458,6 +457,19 @@ def test_two_processes_learn_what_one_does_and_one_goes_on_where_two_stopped(how
         assert metrics_of(tmp_path / "two")[1][name] == pytest.approx(metrics_of(whole_run)[1][name], abs=1e-3)
 
 
+@pytest.mark.slow
+def test_a_dead_process_ends_the_others_and_torchrun_goes_on_from_the_checkpoint(tmp_path):
+    where = [*SMALL, "--output-dir", str(tmp_path), "--run-name", "mortal", "--save-steps", "1", "--resume", "latest"]
+    process = start([*where, "--max-steps", "5"], processes=2, restarts=1)
+    log = tmp_path / "mortal/metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 2) and process.poll() is None:
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    finish(process)
+    assert [line["step"] for line in metrics_of(tmp_path / "mortal")] == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     "args, rule",
     [
@@ -470,6 +482,8 @@ def test_two_processes_learn_what_one_does_and_one_goes_on_where_two_stopped(how
         (["--resume", "/nowhere"], "no checkpoints"),
         (["--combine", "constrained", "--rewards", "hps"], "needs two rewards"),
         (["--eval-rewards", "adversarial", "--rewards", "hps"], "unless it learns"),
+        (["--rewards", "hps,adversarial@http://127.0.0.1:8100"], "leave the address out"),
+        (["--prompts-per-step", "600"], "would be copies"),
         (["--references", "/nowhere", "--rewards", "adversarial"], "manifest.jsonl"),
     ],
 )

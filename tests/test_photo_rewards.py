@@ -94,7 +94,8 @@ def test_unified_in_llavas_format_writes_and_what_is_no_score_is_no_number(monke
     assert reward(["a star"] * 2, images[:2]).isnan().all()  # random weights write nonsense
     texts = iter(["Final Score: 4", "no idea", "Final Score: 9"])
     monkeypatch.setattr(reward.here, "write", lambda asked, *_: [next(texts) for _ in asked])
-    assert reward(["a star"] * 3, images[:3]).tolist()[0] == 4
+    scores = reward(["a star"] * 3, images[:3])
+    assert scores[0] == 4 and scores[1:].isnan().all()  # no score, and one out of range, are no numbers
     assert reward.question.replace("{}", "x") != reward.question
 
 

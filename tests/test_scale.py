@@ -78,6 +78,27 @@ def test_the_image_head_is_trained_only_if_asked():
     assert "generation_head" in names(generate.load_policy("tiny", train_image_head=True))
 
 
+def test_lora_is_the_same_on_every_process_because_the_seed_decides(policy):
+    one, two, other = (scale.lora_state(scale.add_lora(copy.deepcopy(policy), 4, seed)) for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_step_in_bfloat16_paints_scores_and_learns(cfg):
+    """The arithmetic of a GPU, on a CPU: weights stay float32."""
+    cfg.lora_rank = 0
+    policy, reference = harness.load_policies(cfg, None, "cpu", torch.bfloat16)
+    rollouts = rollouts_of(policy, cfg)
+    scores = grpo.reference_logprobs(policy, reference, rollouts, cfg)
+    exact = grpo.all_logprobs(generate.load_policy("tiny"), rollouts, cfg)
+    assert scores.dtype == torch.float32 and (scores - exact)[rollouts.mask].abs().mean() < 0.05
+    before = [p.clone() for p in grpo.trainable(policy)]
+    optimizer = torch.optim.AdamW(grpo.trainable(policy), lr=1e-6)
+    metrics = grpo.update(policy, scores, optimizer, rollouts, torch.tensor([1.0, -1, 1, -1]), cfg)
+    assert metrics["skipped"] == 0 and all(p.dtype == torch.float32 for p in grpo.trainable(policy))
+    assert sum((a != b).sum().item() for a, b in zip(before, grpo.trainable(policy))) > 1e5  # they do move by 1e-6
+
+
 # --- the plan
 
 
