@@ -184,27 +184,30 @@ def contest_table(results):
 
 
 def contest_figure(results, path):
-    """Proxy gain against the truth, a point a cure with its intervals: up and to the right is better."""
+    """Proxy gain against the truth: a marker a cure, with a thin line to each of its seeds. Up and right is better."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(13, 6.2), layout="constrained")
-    for number, (cure, runs) in enumerate(results.items()):
-        columns = changes(runs)
+    figure, axes = plt.subplots(1, 2, figsize=(14, 6.5), layout="constrained")
+    for number, (cure, runs) in enumerate(results.items(), 1):
+        center, each = changes(runs), [changes([run]) for run in runs]
         for axis, name in zip(axes, ("artifact-free", "gold")):
-            (x, dx), (y, dy) = columns["hps"], columns[name]
-            axis.errorbar(x, y, xerr=dx, yerr=dy, fmt="os^Dv"[number // 10 % 5], color=f"C{number % 10}", capsize=2,
-                          elinewidth=0.6, markersize=6, label=cure if axis is axes[0] else None)
-    for axis, name in zip(axes, ("share of artifact-free pictures", "gold")):
+            x, y = center["hps"][0], center[name][0]
+            for seed in each:
+                axis.plot([x, seed["hps"][0]], [y, seed[name][0]], color=f"C{number % 10}", linewidth=0.8, alpha=0.5)
+            axis.plot(x, y, "os^Dv"[number // 10], color=f"C{number % 10}", markersize=8,
+                      label=f"{number}  {cure}" if axis is axes[0] else None)
+            axis.annotate(str(number), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    for axis, name in zip(axes, ("the share of artifact-free pictures", "gold")):
         axis.axhline(0, color="black", linewidth=0.6)
         axis.axvline(0, color="black", linewidth=0.6)
         axis.set(xlabel="change of hps (the proxy)", ylabel=f"change of {name} (the truth)")
         axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     with atomic(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=90)
+        figure.savefig(file, format="png", dpi=80)
     plt.close(figure)
 
 
