@@ -15,6 +15,7 @@ kind trains the last layers of a preference model along instead (adversarial-pic
 
 Run:   torchrun grpo.py --rewards hps,adversarial --combine normalized
        torchrun grpo.py --rewards adversarial --references FOLDER      a folder that generate.py has written
+       python adversarial_reward.py runs/style_cool                    how far a style has come
 
 You should see:  in metrics.jsonl adversarial/accuracy, how often the reference beats the picture that the
 policy painted for the same prompt: up to 1 within a few steps, then down, as the policy catches up.
@@ -26,15 +27,19 @@ Read next: contest.py
 import json
 import math
 import random
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+import tyro
 from PIL import Image
 from transformers import Dinov2Model
 
 import tiny
-from files import read_jsonl, usage_error
+from files import atomic, read_jsonl, usage_error
+from hacking import cut_sheet
 
 # Shapes:  B pictures   P patches of each   D numbers a token
 
@@ -233,3 +238,34 @@ class AdversarialPickScore(Adversarial):
     def loss(self, real, fake):
         """Bradley-Terry, as PickScore was made: the reference is to win. -log softmax([real, fake])[0]."""
         return -F.logsigmoid(real[0] - fake[0]).mean()
+
+
+# --- how far a style has come -----------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    run: Annotated[str, tyro.conf.Positional]  # a run folder, trained with --references in another style
+    figure: str = "docs/style.png"  # the fixed prompts, before and after
+
+
+def main(cfg):
+    """Share of the objects in the first and the last test's pictures that have a cool colour, as gold finds them."""
+    run = Path(cfg.run)
+    strips = [Image.open(path) for path in sorted((run / "samples").glob("step_*.png"))]
+    if not strips:
+        usage_error(f"{run}: no run folder of grpo.py")
+    n = len(read_jsonl(sorted((run / "tests").glob("step_*.jsonl"))[0]))
+    for name in ("first", "last"):
+        found, _ = tiny.explain(cut_sheet(run / "tests" / f"{name}.png", n))
+        colors = [thing.color for things in found for thing in things]
+        share = sum(color in tiny.COOL for color in colors) / len(colors)
+        print(f"{name} test: {share:.3f} of {len(colors)} objects are {', '.join(tiny.COOL)}")
+    both = Image.new("RGB", (strips[0].width, 2 * strips[0].height + 6), "white")
+    both.paste(strips[0], (0, 0)), both.paste(strips[-1], (0, strips[0].height + 6))
+    with atomic(cfg.figure, "wb") as file:
+        both.save(file, "PNG")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

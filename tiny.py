@@ -294,6 +294,7 @@ def corrupt(scene, kind, strength, rng):
 
 
 STYLES = ("plain", "outline", "cool")
+COOL = ("cyan", "blue", "purple")
 
 
 def reference(prompt, key=0, style="plain"):
@@ -303,7 +304,7 @@ def reference(prompt, key=0, style="plain"):
     rng = random.Random(f"{prompt} {key} {style}")
     scene = sample_scene(*wanted(prompt), rng)
     if style == "cool":
-        scene = [replace(thing, color=rng.choice(("cyan", "blue", "purple"))) for thing in scene]
+        scene = [replace(thing, color=rng.choice(COOL)) for thing in scene]
     pixels = draw(scene)
     for thing in scene if style == "outline" else ():
         inside = coverage(thing.shape, thing.x, thing.y, thing.r - 2)[..., None]
