@@ -200,7 +200,7 @@ def meta_model(config):
         return JanusForConditionalGeneration(config)
 
 
-def plan(config, world, painted, micro_batch, guided, thought, beta, sharded, lora_rank, checkpointing, text=80):
+def plan(config, world, painted, micro_batch, guided, thought, sharded, lora_rank, checkpointing, text=80):
     """Rows of (what, value): parameters, then GB a GPU. Arithmetic, not measurement: kernels and fragments come on top.
 
     painted: pictures a GPU paints at a time. text: tokens of a prompt, about."""
@@ -222,7 +222,7 @@ def plan(config, world, painted, micro_batch, guided, thought, beta, sharded, lo
     gigabytes = {
         "weights, gradients, Adam: 16 bytes a trained parameter": 16 * count["trained"] / share,
         "frozen weights: 4 bytes": 4 * frozen / share,
-        "reference policy: 4 bytes": 4 * count["total"] / share if beta and not lora_rank else 0,
+        "reference policy: 4 bytes": 0 if lora_rank else 4 * count["total"] / share,
         "autocast's copies: 2 bytes a trained parameter": 0 if sharded else 2 * count["trained"],
         "rollout: gathered weights; in tests, of the reference too": 2 * gathered_bytes,
         "rollout: keys and values": kv * painted * (2 if guided else 1) * length,
@@ -244,7 +244,7 @@ def print_plan(cfg, world):
     guided = cfg.guidance != "none" and (cfg.cfg_weight or (1 if cfg.model == "tiny" else 5)) != 1
     rollouts = cfg.prompts_per_step * cfg.num_generations // world
     count, gigabytes = plan(config, world, min(cfg.rollout_batch, rollouts), min(cfg.micro_batch, rollouts), guided,
-                            cfg.max_thought * cfg.cot, cfg.beta, cfg.shard, cfg.lora_rank, cfg.gradient_checkpointing)
+                            cfg.max_thought * cfg.cot, cfg.shard, cfg.lora_rank, cfg.gradient_checkpointing)
     print(f"{cfg.model}: {count['total'] / 1e9:.3f} billion parameters, {count['trained'] / 1e9:.3f} trained, on {world} "
           f"processes\na step: {rollouts * world} pictures of {count['tokens a picture']} tokens, {rollouts} a process; "
           f"{cfg.max_steps} steps, {cfg.max_steps * rollouts * world} pictures\n")

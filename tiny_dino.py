@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from tqdm import trange
 from transformers import Dinov2Config, Dinov2Model
 
+from adversarial_reward import IMAGENET_MEAN, IMAGENET_STD
 
-# ImageNet's mean and deviation, with which every DINOv2 was trained.
-MEAN, STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
+
 CONFIG = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, image_size=32, patch_size=4,
               layerscale_value=1.0, use_mask_token=True)
 CATEGORIES = 256  # K
@@ -84,7 +84,8 @@ def train_dino(folder, pixels, steps, seed, batch=48, lr=1e-3):
     teacher = copy.deepcopy(student).requires_grad_(False)
     opt = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.04)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)
-    data, bar = ((torch.from_numpy(pixels) / 255 - MEAN) / STD).permute(0, 3, 1, 2), trange(steps, desc="dino")
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)  # with which every DINOv2 was trained
+    data, bar = ((torch.from_numpy(pixels) / 255 - mean) / std).permute(0, 3, 1, 2), trange(steps, desc="dino")
     for step in bar:
         pictures = data[torch.from_numpy(rng.integers(len(data), size=batch))]
         views = torch.cat([view(pictures, rng), view(pictures, rng)])

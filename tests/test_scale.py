@@ -104,13 +104,13 @@ def test_a_step_in_bfloat16_paints_scores_and_learns(cfg):
 
 def test_the_plan_counts_the_parameters_of_the_published_models():
     for name, total, trained in (("Janus-Pro-1B", 2.08e9, 1.653e9), ("Janus-Pro-7B", 7.41e9, 6.910e9)):
-        count, _ = scale.plan(scale.janus_config(name), 8, 16, 8, True, 64, 0.01, True, 0, True)
+        count, _ = scale.plan(scale.janus_config(name), 8, 16, 8, True, 64, True, 0, True)
         assert count["total"] == pytest.approx(total, rel=2e-3) and count["trained"] == pytest.approx(trained, rel=1e-3)
         assert count["tokens a picture"] == 576
 
 
 def test_the_plan_of_the_tiny_policy_counts_what_is_there(policy):
-    count, gigabytes = scale.plan(scale.janus_config("tiny/policy"), 1, 128, 64, False, 64, 0.02, False, 0, False)
+    count, gigabytes = scale.plan(scale.janus_config("tiny/policy"), 1, 128, 64, False, 64, False, 0, False)
     assert count["total"] == sum(p.numel() for p in policy.model.parameters())
     assert count["trained"] == sum(p.numel() for p in grpo.trainable(policy))
     cache = 2 * 4 * 128 * 2 * 128 * (80 + 64 + 64)  # keys and values, 4 layers of 128 numbers, 2 bytes, 208 tokens
@@ -119,7 +119,7 @@ def test_the_plan_of_the_tiny_policy_counts_what_is_there(policy):
 
 def test_sharding_divides_what_is_kept_and_lora_shrinks_it():
     plan = lambda **changes: scale.plan(**dict(config=scale.janus_config("Janus-Pro-7B"), world=8, painted=16, micro_batch=8,
-                                               guided=True, thought=64, beta=0.01, sharded=False, lora_rank=0,
+                                               guided=True, thought=64, sharded=False, lora_rank=0,
                                                checkpointing=True) | changes)[1]
     key = "weights, gradients, Adam: 16 bytes a trained parameter"
     assert plan()[key] == pytest.approx(110.6, rel=1e-2) and plan(sharded=True)[key] == pytest.approx(13.8, rel=1e-2)
