@@ -2,6 +2,7 @@
 
 Sampling, in image tokens a second:
     ours            generate.sample: static cache, one branch where the guidance weight is 1, no text head
+                    on a GPU: one step recorded and replayed (CUDA graph), and step by step
     transformers    JanusForConditionalGeneration.generate(generation_mode="image"), which always computes two branches
     plain loop      as T2I-R1 writes it (its algorithm, our words): a growing cache and a growing mask
 A whole GRPO step, split into its parts, ours and the plain algorithm: thoughts by `generate`, the plain loop, all logits of
@@ -70,6 +71,15 @@ def ours(policy, prompts, weight):
     ids, mask = generate.image_context(policy, prompts, [""] * len(prompts))
     with torch.no_grad():
         return generate.paint_tokens(policy, ids, mask, uniform, weight)
+
+
+def step_by_step(policy, prompts, weight):
+    """Ours, without the CUDA graph."""
+    policy.cuda_graph = False
+    try:
+        return ours(policy, prompts, weight)
+    finally:
+        policy.cuda_graph = True
 
 
 def plain_logprobs(policy, prompts, thoughts, thought_ids, image_ids):
@@ -167,6 +177,8 @@ def sampling_table(policy, prompts, repeats, bandwidth):
     own, tokens, rows = generate.default_cfg(policy), len(prompts) * policy.grid**2, []
     contenders = {("ours", own): ours, ("ours", 5.0): ours, ("transformers", 5.0): by_transformers,
                   ("plain loop", 5.0): by_plain_loop}
+    if policy.device.type == "cuda":
+        contenders["ours, step by step", 5.0] = step_by_step
     runs = take_turns({key: lambda f=f, key=key: timed(f, policy, prompts, key[1]) for key, f in contenders.items()}, repeats)
     slowest = statistics.median(runs["transformers", 5.0])
     for (name, weight), seconds in runs.items():

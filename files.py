@@ -208,7 +208,7 @@ def lock(run):
 # What may differ when a run goes on: where it runs and what it writes, not what it computes. (With other
 # --max-steps the learning rate falls along another line from here on: that is what extending a run means.)
 FREE = set("resume output_dir run_name max_steps save_steps save_total_limit eval_steps best_of judge_url device "
-           "max_failures micro_batch rollout_batch shard gradient_checkpointing report_to "
+           "max_failures micro_batch rollout_batch cuda_graph shard gradient_checkpointing report_to "
            "world_size gpu_memory".split())
 
 

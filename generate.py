@@ -58,6 +58,7 @@ class Policy:
     processor: JanusProcessor
     reasoning: str  # the instruction that asks for a thought; {} is the prompt
     dtype: torch.dtype  # of the arithmetic; the weights stay float32
+    cuda_graph: bool = True  # sampling on a GPU: record one step, replay it
 
     def __post_init__(self):
         self.tokenizer = self.processor.tokenizer
@@ -228,32 +229,62 @@ def decode(policy, ids, mask, new_tokens, uniform, embed, head, eos=None):
     """The sampling loop of both heads: read the context once, then a token at a time with a static
     key-value cache. embed: (N,) ids -> (rows, 1, D); head: (rows, D) -> (N, V). Returns (N, new_tokens),
     fewer columns if every row has met `eos`."""
-    L, rows = ids.shape[1], ids.shape[0]
+    (rows, L), N, device = ids.shape, len(uniform), ids.device
     cache = StaticCache(config=policy.body.config, max_cache_len=L + new_tokens)
-    allowed = causal(mask, L + new_tokens)
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    x = policy.body.get_input_embeddings()(ids)
-    tokens, ended = [], torch.zeros(len(uniform), dtype=torch.bool, device=ids.device)
-    for t in range(new_tokens):
-        hidden = policy.body(
-            inputs_embeds=x.to(policy.dtype),  # or the cache would be made for float32, and refuse what comes
-            attention_mask=allowed,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        token = draw_token(head(hidden), uniform[:, t])
+    hidden = policy.body(
+        # in policy.dtype, or the cache would be made for float32, and refuse what comes
+        inputs_embeds=policy.body.get_input_embeddings()(ids).to(policy.dtype),
+        attention_mask=causal(mask, L + new_tokens), position_ids=position, past_key_values=cache, use_cache=True,
+    ).last_hidden_state[:, -1]
+
+    # All that a step reads and writes stays where it is in memory, the number of the step too: so one step is like
+    # another, and can be recorded.
+    t = torch.zeros(1, dtype=torch.long, device=device)  # tokens drawn so far, less one
+    tokens = torch.full((N, new_tokens), policy.tokenizer.pad_token_id, device=device)
+    ended = torch.zeros(N, dtype=torch.bool, device=device)
+    position = position[:, -1:].clone()
+    allowed = torch.nn.functional.pad(mask, (0, new_tokens)).view(rows, 1, 1, -1)
+
+    def choose(hidden):
+        token = draw_token(head(hidden), uniform.index_select(1, t)[:, 0])
         if eos is not None:
             token = torch.where(ended, policy.tokenizer.pad_token_id, token)
-            ended = ended | (token == eos)
-        tokens.append(token)
-        if ended.all():
-            break
-        x, position = embed(token), position[:, -1:] + 1
-        if t == 0:
-            allowed = torch.nn.functional.pad(mask, (0, new_tokens)).view(rows, 1, 1, -1).clone()
-        allowed[..., L + t] = True
-    return torch.stack(tokens, 1)
+            ended.logical_or_(token == eos)
+        tokens.index_copy_(1, t, token[:, None])
+
+    def step():
+        """Feed the last token, draw the next."""
+        x = embed(tokens.index_select(1, t)[:, 0])
+        allowed.index_fill_(3, t + L, True)
+        position.add_(1)
+        hidden = policy.body(inputs_embeds=x.to(policy.dtype), attention_mask=allowed, position_ids=position,
+                             past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        t.add_(1)
+        choose(hidden)
+
+    choose(hidden)
+    for drawn in range(1, new_tokens):
+        if eos is not None and ended.all():
+            return tokens[:, :drawn]
+        if drawn == 3 and recordable(policy):  # by now every kernel is loaded, and autocast has its copies
+            step = record(step)
+        step()
+    return tokens
+
+
+def recordable(policy):
+    """Sharded weights stay out: FSDP's hooks are Python, and a graph replays none."""
+    return policy.cuda_graph and policy.device.type == "cuda" and not hasattr(policy.model, "inside")
+
+
+def record(step):
+    """step() as a CUDA graph: the kernels that it starts are written down, then started again by one call. For a
+    token the GPU needs about a millisecond, Python 25 (a thousand kernels, one by one): it would wait for Python."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()  # nothing is computed yet
+    return graph.replay
 
 
 @torch.no_grad()  # not inference_mode: the token ids are used again in a forward pass with gradients
@@ -433,6 +464,7 @@ def painter(cfg):
     if is_pipeline(cfg.model):
         return pipeline_painter(cfg.model, device, dtype, cfg.cfg_weight), cfg.cfg_weight
     policy = load_policy(cfg.model, device, dtype)
+    policy.cuda_graph = cfg.cuda_graph
     weight = default_cfg(policy) if cfg.cfg_weight is None else cfg.cfg_weight
 
     def by_policy(prompts, keys):
@@ -457,6 +489,7 @@ class Config:
     cfg_weight: float | None = None  # guidance w; default: the checkpoint's own
     max_thought: int = 64  # longest thought, in tokens
     batch_size: int = 32  # pictures at a time
+    cuda_graph: bool = True  # on a GPU: record the kernels of one token and replay them, several times as fast
     limit: int = 0  # only the first prompts; 0 = all
     layout: Literal["geneval", "t2i-compbench", "wise", "dpg", "hpdv2"] = "geneval"  # also export for this scorer
     overwrite: bool = False  # make pictures again that are there already

@@ -73,6 +73,7 @@ class Config:
     seed: int = 42  # with step, prompt and sample number, all the randomness there is
     micro_batch: int = 64  # rollouts in one forward and backward pass
     rollout_batch: int = 128  # rollouts that are painted at a time
+    cuda_graph: bool = True  # painting on a GPU: record the kernels of one token and replay them, several times as fast
     train_image_head: bool = False  # train it, too; T2I-R1 does not
     shard: bool = False  # FSDP2: every process keeps its share of weights and optimizer (scale.py)
     lora_rank: int = 0  # train low-rank additions instead of the weights; 0: the weights
@@ -82,7 +83,7 @@ class Config:
     world_size: int = 0  # dry run: of so many processes [as many as there are]
     gpu_memory: float = 80  # dry run: GB of each
     device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; weights stay float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; trained weights stay float32
     judge_url: tuple[str, ...] = ()  # judge server(s) [tiny: in-process; else http://127.0.0.1:8000/v1]
     judge_model: str | None = None  # the served model's name [the first that is served]
     references: str | None = None  # reward adversarial: a folder or file of reference pictures [tiny: drawn]

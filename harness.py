@@ -94,17 +94,23 @@ def check(cfg, world):
 
 def load_policies(cfg, checkpoint, device, dtype):
     """(policy, reference): what is trained, and what it was. With LoRA the policy is its own reference: None."""
-    load = lambda name: generate.load_policy(str(name), device, dtype, cfg.train_image_head)
+    def load(name):
+        policy = generate.load_policy(str(name), device, dtype, cfg.train_image_head)
+        policy.cuda_graph = cfg.cuda_graph
+        return policy
+
     if cfg.lora_rank:
-        policy = scale.add_lora(load(cfg.model), cfg.lora_rank, cfg.seed)
+        policy = scale.lighten(scale.add_lora(load(cfg.model), cfg.lora_rank, cfg.seed))
         if checkpoint:
             policy.model.load_state_dict(torch.load(checkpoint / "lora.pt", weights_only=True, map_location="cpu"), strict=False)
         reference = None
     else:
-        spread = scale.shard if cfg.shard else lambda policy: policy
-        policy = spread(load(checkpoint or cfg.model))  # one after the other: two whole ones need not fit
-        reference = spread(load(cfg.model))
+        policy = load(checkpoint or cfg.model)
+        policy = scale.shard(policy) if cfg.shard else scale.lighten(policy)  # before the next: two whole ones need not fit
+        reference = load(cfg.model)
         reference.model.requires_grad_(False)
+        reference = scale.lighten(reference)
+        reference = scale.shard(reference) if cfg.shard else reference
     if cfg.gradient_checkpointing:
         policy.body.gradient_checkpointing_enable({"use_reentrant": False})
     return policy, reference

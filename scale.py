@@ -77,6 +77,15 @@ def shard(policy):
     return policy
 
 
+def lighten(policy):
+    """In place: frozen weights in the policy's dtype. They are rounded to it at every use anyway (under autocast anew for
+    each token), and it halves them. Trained ones stay float32, or small steps would be lost."""
+    for parameter in policy.model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(policy.dtype)
+    return policy
+
+
 def parts(policy):
     return [module for module in policy.model.modules() if isinstance(module, FSDPModule)]
 
@@ -221,8 +230,8 @@ def plan(config, world, painted, micro_batch, guided, thought, sharded, lora_ran
     kept = 2 * rows * length * D * layers * (1 if checkpointing else 16)  # bfloat16; about 16 numbers a layer without
     gigabytes = {
         "weights, gradients, Adam: 16 bytes a trained parameter": 16 * count["trained"] / share,
-        "frozen weights: 4 bytes": 4 * frozen / share,
-        "reference policy: 4 bytes": 0 if lora_rank else 4 * count["total"] / share,
+        "frozen weights: 2 bytes (sharded: 4)": (4 if sharded else 2) * frozen / share,
+        "reference policy: 2 bytes": 0 if lora_rank else 2 * count["total"] / share,
         "autocast's copies: 2 bytes a trained parameter": 0 if sharded else 2 * count["trained"],
         "rollout: gathered weights; in tests, of the reference too": 2 * gathered_bytes,
         "rollout: keys and values": kv * painted * (2 if guided else 1) * length,
