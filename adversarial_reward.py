@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -251,17 +252,20 @@ class Config:
 
 
 def main(cfg):
-    """Share of the objects in the first and the last test's pictures that have a cool colour, as gold finds them."""
+    """Of the first and the last test's pictures: how many objects have a cool colour, as gold finds them, and how large the
+    painted part of a picture is."""
     run = Path(cfg.run)
     strips = [Image.open(path) for path in sorted((run / "samples").glob("step_*.png"))]
     if not strips:
         usage_error(f"{run}: no run folder of grpo.py")
     n = len(read_jsonl(sorted((run / "tests").glob("step_*.jsonl"))[0]))
     for name in ("first", "last"):
-        found, _ = tiny.explain(cut_sheet(run / "tests" / f"{name}.png", n))
+        pictures = cut_sheet(run / "tests" / f"{name}.png", n)
+        found, _ = tiny.explain(pictures)
+        painted = np.mean([(abs(np.asarray(picture) - tiny.GROUND).max(-1) > 40).mean() for picture in pictures])
         colors = [thing.color for things in found for thing in things]
         share = sum(color in tiny.COOL for color in colors) / len(colors)
-        print(f"{name} test: {share:.3f} of {len(colors)} objects are {', '.join(tiny.COOL)}")
+        print(f"{name} test: {share:.3f} of {len(colors)} objects are {', '.join(tiny.COOL)}; {painted:.3f} of the pixels painted")
     both = Image.new("RGB", (strips[0].width, 2 * strips[0].height + 6), "white")
     both.paste(strips[0], (0, 0)), both.paste(strips[-1], (0, strips[0].height + 6))
     with atomic(cfg.figure, "wb") as file:

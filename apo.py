@@ -10,7 +10,7 @@ step), say the result in other words (so that it does not get stuck), and keep t
         beam = the best by   mean over pictures of  y log p + (1 - y) log(1 - p),    p = P(broken), y = is broken
 
 Most candidates are bad, and finding that out should not cost a look at every picture: choosing the best
-few by few judge calls is best-arm identification, and `--select` has four ways of it.
+few by few judge calls is a problem of its own, see bandits.py; `--select` has four ways.
 
 Run:   python apo.py                          the tiny world: three seeds, two ways to select, about 4 minutes
        python apo.py --data FOLDER --checkpoint none --judge-url http://127.0.0.1:8000/v1
@@ -42,6 +42,7 @@ from PIL import Image
 
 import report
 from artifact_reward import ArtifactReward, ServedJudge, ask, picture_part, read_question
+from bandits import SELECT, Race, log_likelihoods
 from files import HERE, atomic, json_line, read_jsonl, usage_error
 from generate import pick_device
 
@@ -58,7 +59,7 @@ class Config:
     gradients: int = 4  # reasons asked for, each from `errors` mistakes
     errors: int = 4  # mistakes shown for one reason
     max_expansion: int = 5  # new questions of each old one that are tried
-    # how the beam is chosen; several: one after the other, to compare (see SELECT)
+    # how the beam is chosen; several: one after the other, to compare (bandits.py)
     select: tuple[Literal["full", "ucb", "successive-rejects", "successive-halving"], ...] = (
         "full", "successive-rejects")
     budget: float = 0.35  # judge calls of a round, as a share of what "full" would ask
@@ -159,13 +160,6 @@ class Answers:
 
 
 # --- how good is a question? --------------------------------------------------------------------
-
-
-def log_likelihoods(p_broken, broken):
-    """y log p + (1 - y) log(1 - p), as released; a missing answer is a coin's, log 1/2: it must not pay to
-    ask what the judge cannot answer."""
-    right = np.where(broken, p_broken, 1 - p_broken)
-    return np.log(np.where(np.isfinite(right), right, 0.5).clip(1e-8))
 
 
 def measures(p_broken, examples):
@@ -287,82 +281,6 @@ def refusal(question):
     if len(question) > LONGEST:
         return f"longer than {LONGEST} characters"
     return None if {"yes", "no"} <= words else "does not ask for yes or no"
-
-
-# --- which candidates are best, by few calls? -----------------------------------------------------
-
-
-class Race:
-    """Questions, each with its log-likelihoods on the first pictures of the training split. All run the
-    same course, so two questions are compared on the same pictures (ProTeGi draws new ones for each)."""
-
-    def __init__(self, questions, examples, answers):
-        self.scores = {question: np.empty(0) for question in questions}
-        self.examples, self.answers = examples, answers
-
-    def run(self, question, upto):
-        """Look at this question's score on the first `upto` pictures."""
-        done, upto = len(self.scores[question]), min(math.ceil(upto), len(self.examples))
-        if upto > done:
-            new = self.examples[done:upto]
-            p = self.answers(question, new)
-            gained = log_likelihoods(p, np.array([example["broken"] for example in new]))
-            self.scores[question] = np.concatenate([self.scores[question], gained])
-
-    def best(self, n, among=None):
-        return sorted(among or self.scores, key=lambda q: -self.scores[q].mean())[:n]
-
-
-def full(race, keep, budget):
-    """Every question on every picture: the released code."""
-    for question in race.scores:
-        race.run(question, len(race.examples))
-    return race.best(keep)
-
-
-def ucb(race, keep, budget, batch=16, c=1.0):
-    """Optimism: the next pictures go to the question that could be best, mean + c sqrt(log t / n)."""
-    for question in race.scores:
-        race.run(question, batch)
-    for t in range(len(race.scores), max(len(race.scores), int(budget / batch))):
-        hopes = {q: s.mean() + c * math.sqrt(math.log(t) / (len(s) / batch))
-                 for q, s in race.scores.items() if len(s) < len(race.examples)}
-        if not hopes:
-            break
-        chosen = max(hopes, key=hopes.get)
-        race.run(chosen, len(race.scores[chosen]) + batch)
-    return race.best(keep)
-
-
-def successive_rejects(race, keep, budget):
-    """Audibert et al. 2010: in phase k all survivors have seen n_k pictures, and the worst one leaves;
-
-        n_k = (budget - K) / (logbar(K) (K + 1 - k)),      logbar(K) = 1/2 + sum_{i=2..K} 1/i
-
-    so that the pictures are spent on the last few, which are hard to tell apart."""
-    K, survivors = len(race.scores), list(race.scores)
-    logbar = 0.5 + sum(1 / i for i in range(2, K + 1))
-    for k in range(1, max(K - keep, 1) + 1):
-        for question in survivors:
-            race.run(question, (budget - K) / (logbar * (K + 1 - k)))
-        survivors = race.best(max(keep, len(survivors) - 1), survivors)
-    return survivors[:keep]
-
-
-def successive_halving(race, keep, budget):
-    """Karnin et al. 2013: the same budget for each of log2(K) rounds, and the worse half leaves."""
-    survivors, seen = list(race.scores), 0
-    rounds = max(1, math.ceil(math.log2(len(survivors) / keep)))
-    for _ in range(rounds):
-        seen += budget / (rounds * len(survivors))
-        for question in survivors:
-            race.run(question, seen)
-        survivors = race.best(max(keep, math.ceil(len(survivors) / 2)), survivors)
-    return survivors[:keep]
-
-
-SELECT = {"full": full, "ucb": ucb, "successive-rejects": successive_rejects,
-          "successive-halving": successive_halving}
 
 
 # --- the algorithm --------------------------------------------------------------------------------

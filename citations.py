@@ -1,11 +1,13 @@
-"""From paper to code: every citation in the comments, with the function it stands in.
+"""From paper to code: every citation in the comments, with the function it stands in; and the files in reading order.
 
-A comment that cites a paper stands where that paper's idea is; so the map from papers to code need not be kept by hand,
-and cannot be out of date. The README's table is this output, and a test compares the two.
+A comment that cites a paper stands where that paper's idea is, and a file's first line says what it is about: so neither
+map need be kept by hand, or can be out of date. Both stand in the README, where `cog` puts them, and what else of it a
+command can print; a test compares.
 
 Run:   python citations.py
+       cog -r README.md
 
-You should see:  a table, a row a paper.
+You should see:  two tables, a row a file and a row a paper.
 
 Read next: any row
 """
@@ -56,6 +58,21 @@ def citations():
     return places
 
 
+READING = """files generate rewards artifact_reward grpo evaluate hacking report apo bandits adversarial_reward contest tiny
+    tiny_train tiny_rewards tiny_dino harness scale explain exercises alignment_rewards vlm_rewards maniqa serving layouts
+    wise bench citations""".split()
+PACE = 20  # lines a minute: code whose every line is meant, with its comments
+
+
+def reading_order():
+    rows = []
+    for name in READING:
+        text = (HERE / f"{name}.py").read_text(encoding="utf-8")
+        about = ast.get_docstring(ast.parse(text)).splitlines()[0]
+        rows.append({"file": f"`{name}.py`", "what": about, "minutes": max(1, round(len(text.splitlines()) / PACE))})
+    return markdown(rows)
+
+
 def table():
     rows = [{"paper": f"{TITLES[paper]}, arXiv:{paper}", "where": ", ".join(where)}
             for paper, where in sorted(citations().items(), key=lambda entry: list(TITLES).index(entry[0]))]
@@ -63,4 +80,4 @@ def table():
 
 
 if __name__ == "__main__":
-    print("\n".join(table()))
+    print("\n".join([*reading_order(), "", *table()]))

@@ -46,7 +46,7 @@ def dominated(values_NK, group_size):
 
 
 def successive_rejects(race, keep, budget):
-    """apo.py. Find the best `keep` questions with about `budget` pictures each: in phase k = 1, 2, ... all survivors are
+    """bandits.py. Find the best `keep` questions with about `budget` pictures each: in phase k = 1, 2, ... all survivors are
     run up to n_k = (budget - K) / (logbar(K) (K + 1 - k)) pictures, logbar(K) = 1/2 + sum_{i=2..K} 1/i, K being the
     number of questions at first, and the worst one leaves.
 

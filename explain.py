@@ -15,6 +15,7 @@ import html
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import torch
@@ -29,64 +30,73 @@ import rewards as reward_models
 from files import atomic, checkpoints, usage_error
 
 
-def explain(cfg, group=0):
-    """Tell the first step's first group. Nothing is saved but the page."""
+def one_step(cfg, group=0):
+    """The first step of a run, for one of its groups, and all that is computed on the way."""
     weights, held_out, rows, _ = harness.check(cfg, 1)
     device, dtype = generate.pick_device(cfg.device, cfg.dtype)
     policy, reference = harness.load_policies(cfg, None, device, dtype)
     train_on, watch = harness.load_rewards(weights, cfg, device), harness.load_rewards(held_out, cfg, device)
     place, G = grpo.prompts_of_step(rows, 0, cfg)[group], cfg.num_generations
-    row = rows[place]
-    said = []
-
-    def say(text):
-        said.append(text)
-        print(text)
-
-    say(f'1. The prompt:  "{row["prompt"]}"')
-    rollouts = grpo.rollout(policy, rows, [(place, k) for k in range(G)], 0, cfg)  # as the first step of a run would paint it
-    N, T, C = *rollouts.image_ids.shape, rollouts.thought_ids.shape[1]
-    say(f"2. The policy answers it {N} times: a group. Each time it thinks, then paints.")
-    say(f"   thought tokens {tuple(rollouts.thought_ids.shape)}, of which {rollouts.thought_mask.sum(1).tolist()} are words "
-        f"it chose; the rest is padding")
-    say(f"   picture tokens {tuple(rollouts.image_ids.shape)}: {policy.grid} x {policy.grid} numbers below "
-        f"{policy.model.config.vq_config.num_embeddings}; the first picture begins {rollouts.image_ids[0, :8].tolist()}")
-    scores = reward_models.score(train_on | watch, rollouts.prompts, rollouts.images, [row] * N)
+    rollouts = grpo.rollout(policy, rows, [(place, k) for k in range(G)], 0, cfg)
+    scores = reward_models.score(train_on | watch, rollouts.prompts, rollouts.images, [rows[place]] * G)
     total = reward_models.combine(scores, weights, G, cfg.combine, {name: 1.0 for name in list(weights)[1:]})
     advantages = grpo.group_advantages(total, G, cfg.advantage)
-    say(f"3. Rewards that train: {', '.join(f'{w:g} x {n}' for n, w in weights.items())}, combined by {cfg.combine!r}. "
-        f"Only watched: {', '.join(held_out) or 'nothing'}.")
-    say(f"   mean of the group {total.nanmean():.3f}, deviation {total[total.isfinite()].std():.3f}; "
-        f"advantage = (reward - mean) / (deviation + 1e-4)" if cfg.advantage == "group" else "")
     old = grpo.all_logprobs(policy, rollouts, cfg)
     before = grpo.reference_logprobs(policy, reference, rollouts, cfg)
-    mask, picture = rollouts.mask, torch.arange(C + T, device=policy.device) >= C
-    say(f"4. Log-probabilities of exactly these tokens: {tuple(old.shape)}, thought and picture in one row.")
-    say(f"   a thought of the group has {(old * (mask & ~picture)).sum(1).mean():.1f} nats on average, a picture "
-        f"{(old * (mask & picture)).sum(1).mean():.1f}; the reference says the same, for nothing has been learned yet: "
-        f"KL {grpo.kl_k3(old, before)[mask].sum() / N:.6f}")
-    loss = grpo.grpo_loss(old, old, before, advantages.to(policy.device), mask, cfg.beta, cfg.epsilon, cfg.epsilon_high)
-    say(f"5. Ratio pi / pi_old = 1 everywhere; loss = mean over {int(mask.sum())} tokens of -advantage + beta KL = "
-        f"{loss.sum() / mask.sum():.4f}. About 0, as advantages are, and yet:")
+    loss = grpo.grpo_loss(old, old, before, advantages.to(policy.device), rollouts.mask, cfg.beta, cfg.epsilon,
+                          cfg.epsilon_high)
     optimizer = torch.optim.AdamW(grpo.trainable(policy), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0)
     metrics = grpo.update(policy, before, optimizer, rollouts, advantages, cfg)
-    after = grpo.all_logprobs(policy, rollouts, cfg)
-    change = ((after - old) * mask).sum(1).cpu()
-    say(f"6. its gradient is not 0 (norm {metrics['grad_norm']:.3f}). One step of AdamW at {cfg.learning_rate:g} later, "
-        f"the log-probability of each rollout has changed as in the last column:")
-    names = [*weights, *held_out]
-    ranked = sorted(range(N), key=lambda i: -advantages[i].item())
-    table = [{"picture": rollouts.images[i], "thought": rollouts.thoughts[i], **{n: scores[n][i].item() for n in names},
-              "total": total[i].item(), "advantage": advantages[i].item(), "log p before": (old[i] * mask[i]).sum().item(),
-              "change of log p": change[i].item()} for i in ranked]
-    say("\n" + "\n".join(report.markdown([{k: v for k, v in line.items() if k != "picture"} for line in table])) + "\n")
-    agree = torch.corrcoef(torch.stack([advantages, change]))[0, 1]
-    say(f"7. Better pictures became likelier, worse ones less likely: the correlation of the two columns is {agree:+.2f}. "
-        "Do that a hundred times, with other prompts, and the policy is what the reward wanted.")
+    change = ((grpo.all_logprobs(policy, rollouts, cfg) - old) * rollouts.mask).sum(1).cpu()
+    return SimpleNamespace(**locals())
+
+
+def table_of(s):
+    """A line a picture, the best first."""
+    return [{"picture": s.rollouts.images[i], "thought": s.rollouts.thoughts[i],
+             **{name: s.scores[name][i].item() for name in (*s.weights, *s.held_out)},
+             "total": s.total[i].item(), "advantage": s.advantages[i].item(),
+             "log p before": (s.old[i] * s.rollouts.mask[i]).sum().item(), "change of log p": s.change[i].item()}
+            for i in s.advantages.argsort(descending=True).tolist()]
+
+
+def story(s, table):
+    """What happened in that step, paragraph by paragraph."""
+    cfg, r, mask, (G, C) = s.cfg, s.rollouts, s.rollouts.mask, s.rollouts.thought_ids.shape
+    yield f'1. The prompt:  "{r.prompts[0]}"'
+    yield f"2. The policy answers it {G} times: a group. Each time it thinks, then paints."
+    yield (f"   thought tokens {(G, C)}, of which {r.thought_mask.sum(1).tolist()} are words it chose; the rest is padding")
+    yield (f"   picture tokens {tuple(r.image_ids.shape)}: {s.policy.grid} x {s.policy.grid} numbers below "
+           f"{s.policy.model.config.vq_config.num_embeddings}; the first picture begins {r.image_ids[0, :8].tolist()}")
+    yield (f"3. Rewards that train: {', '.join(f'{w:g} x {n}' for n, w in s.weights.items())}, combined by {cfg.combine!r}. "
+           f"Only watched: {', '.join(s.held_out) or 'nothing'}.")
+    formula = {"group": " / (deviation + 1e-4)", "global": " / (deviation of all + 1e-4)"}.get(cfg.advantage, "")
+    yield (f"   mean of the group {s.total.nanmean():.3f}, deviation {s.total[s.total.isfinite()].std():.3f}; advantage = "
+           + ("1 for the best, 0 for the others" if cfg.advantage == "best" else f"(reward - mean){formula}"))
+    yield f"4. Log-probabilities of exactly these tokens: {tuple(s.old.shape)}, thought and picture in one row."
+    thought, picture = ((s.old * mask)[:, part].sum(1).mean() for part in (slice(C), slice(C, None)))
+    yield (f"   a thought of the group has {thought:.1f} nats on average, a picture {picture:.1f}; the reference says the same, "
+           f"for nothing has been learned yet: KL {grpo.kl_k3(s.old, s.before)[mask].sum() / G:.6f}")
+    yield (f"5. Ratio pi / pi_old = 1 everywhere; loss = mean over {int(mask.sum())} tokens of -advantage + beta KL = "
+           f"{s.loss.sum() / mask.sum():.4f}. About 0, as advantages are, and yet:")
+    yield (f"6. its gradient is not 0 (norm {s.metrics['grad_norm']:.3f}). One step of AdamW at {cfg.learning_rate:g} later, "
+           f"the log-probability of each rollout has changed as in the last column:")
+    yield "\n" + "\n".join(report.markdown([{k: v for k, v in line.items() if k != "picture"} for line in table])) + "\n"
+    agree = torch.corrcoef(torch.stack([s.advantages, s.change]))[0, 1]
+    yield (f"7. Better pictures became likelier, worse ones less likely: the correlation of the two columns is {agree:+.2f}. "
+           "Do that a hundred times, with other prompts, and the policy is what the reward wanted.")
+
+
+def explain(cfg):
+    """Tell the first step's first group. Nothing is saved but the page."""
+    step = one_step(cfg)
+    table, told = table_of(step), []
+    for text in story(step, table):
+        print(text)
+        told += [] if "|" in text else [f"<p>{html.escape(text.strip())}</p>"]  # the page has a table with pictures
     page = Path(cfg.output_dir) / "explain.html"
     with atomic(page) as file:
-        told = "".join(f"<p>{html.escape(text.strip())}</p>" for text in said if "|" not in text)
-        file.write(report.page("One step of GRPO", told + report.table(table)))
+        file.write(report.page("One step of GRPO", "".join(told) + report.table(table)))
     print(f"\nlook at {page}")
 
 

@@ -94,23 +94,17 @@ def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_im
     if path.is_dir() and (path / "config.json").is_file():
         kind = json.loads((path / "config.json").read_text()).get("model_type")
         if kind != "janus":
-            usage_error(
-                f"--model {name_or_path}: holds a {kind!r} checkpoint; needed is 'janus' in the Hugging "
-                "Face format, such as deepseek-community/Janus-Pro-1B (deepseek-ai's own are not)"
-            )
+            usage_error(f"--model {name_or_path}: holds a {kind!r} checkpoint; needed is 'janus' in the Hugging Face format, "
+                        "such as deepseek-community/Janus-Pro-1B (deepseek-ai's own are not)")
     elif path.is_dir() or name_or_path.startswith((".", "/")):
-        usage_error(
-            f"--model {name_or_path}: no config.json there; needed is a folder saved by save_pretrained"
-        )
+        usage_error(f"--model {name_or_path}: no config.json there; needed is a folder saved by save_pretrained")
     try:
         model = JanusForConditionalGeneration.from_pretrained(where, dtype=torch.float32).to(device).eval()
         processor = JanusProcessor.from_pretrained(where)
     except OSError as problem:
         usage_error(f"--model {name_or_path}: cannot be loaded ({str(problem).splitlines()[0]})")
     own = path / "reasoning.txt"  # a checkpoint may bring the instruction that it was trained with
-    reasoning = (
-        (own if own.is_file() else HERE / "prompts" / "reasoning.txt").read_text(encoding="utf-8").strip()
-    )
+    reasoning = (own if own.is_file() else HERE / "prompts" / "reasoning.txt").read_text(encoding="utf-8").strip()
     trained = ("model.language_model.", "lm_head.") + (("model.generation_head.",) if train_image_head else ())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(trained))
@@ -305,25 +299,15 @@ def paint(policy, prompts, uniform, cot, cfg_weight, max_thought):
         if cot:
             ids, mask = thought_context(policy, prompts)
             embed = policy.body.get_input_embeddings()
-            thought_ids = decode(
-                policy,
-                ids,
-                mask,
-                max_thought,
-                uniform,
-                lambda t: embed(t[:, None]),
-                policy.model.lm_head,
-                eos=policy.tokenizer.eos_token_id,
-            )
+            thought_ids = decode(policy, ids, mask, max_thought, uniform, lambda t: embed(t[:, None]), policy.model.lm_head,
+                                 eos=policy.tokenizer.eos_token_id)
         else:
             thought_ids = torch.zeros(len(prompts), 0, dtype=torch.long, device=policy.device)
         # Everything up to and including the first end-of-sentence was a choice; padding was not.
         ended = (thought_ids == policy.tokenizer.eos_token_id).long()
         thought_mask = ended.cumsum(1) - ended == 0
-        thoughts = [
-            policy.tokenizer.decode(row[chosen], skip_special_tokens=True).strip()
-            for row, chosen in zip(thought_ids, thought_mask)
-        ]
+        thoughts = [policy.tokenizer.decode(row[chosen], skip_special_tokens=True).strip()
+                    for row, chosen in zip(thought_ids, thought_mask)]
 
         ids, mask = image_context(policy, prompts, thoughts)
         image_ids = paint_tokens(policy, ids, mask, uniform[:, max_thought:], cfg_weight)
@@ -336,15 +320,13 @@ def paint_tokens(policy, ids, mask, uniform, cfg_weight):
     branches = 1 if cfg_weight == 1 else 2
     if branches == 2:
         ids, mask = torch.cat([ids, without_prompt(policy, ids)]), mask.repeat(2, 1)
-    return decode(
-        policy,
-        ids,
-        mask,
-        policy.grid**2,
-        uniform,
-        lambda t: policy.model.prepare_embeddings_for_image_generation(t.repeat(branches)[:, None]),
-        lambda hidden: guide(policy.model.model.generation_head(hidden).float(), cfg_weight),
-    )
+    def embed(token):
+        return policy.model.prepare_embeddings_for_image_generation(token.repeat(branches)[:, None])
+
+    def head(hidden):
+        return guide(policy.model.model.generation_head(hidden).float(), cfg_weight)
+
+    return decode(policy, ids, mask, policy.grid**2, uniform, embed, head)
 
 
 def default_cfg(policy):
@@ -407,9 +389,8 @@ def teach(policy, context, mask, continuation, continuation_mask=None):
         continuation_mask = torch.ones(continuation.shape[:2], dtype=torch.bool, device=x.device)
     mask = torch.cat([mask, continuation_mask[:, :-1]], 1)
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    out = policy.body(
-        inputs_embeds=x.to(policy.dtype), attention_mask=causal(mask, x.shape[1]), position_ids=position, use_cache=False
-    )
+    out = policy.body(inputs_embeds=x.to(policy.dtype), attention_mask=causal(mask, x.shape[1]), position_ids=position,
+                      use_cache=False)
     return out.last_hidden_state[:, -n:]
 
 
@@ -500,9 +481,7 @@ class Config:
 def pick_device(device, dtype="auto"):
     """("auto", "auto") -> the best there is: (device name, torch dtype)."""
     if device == "auto":
-        device = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
     return device, getattr(torch, dtype)

@@ -341,8 +341,8 @@ class Log:
         if self.writes:
             files.begin_log(run, start, cfg, world)
             self.report = reporter(cfg, run)
-            print(f"{run}/: {' + '.join(weights)} trains, {' and '.join(held_out) or 'nothing'} is only "
-                  f"watched; {cfg.prompts_per_step} prompts x {cfg.num_generations} pictures a step", flush=True)
+            print(f"{run}/: trained on {' + '.join(weights)}; only watched: {', '.join(held_out) or 'nothing'}; "
+                  f"{cfg.prompts_per_step} prompts x {cfg.num_generations} pictures a step", flush=True)
         self.bar = tqdm(range(start, cfg.max_steps), initial=start, total=cfg.max_steps, desc="grpo",
                         disable=not self.writes)
 

@@ -163,9 +163,7 @@ def all_prompts():
     pairs = [(p, q) for p in colored for q in colored if p != q]
     return {
         "object": [prompt_row(f"a {p}", "object", [p]) for p in [*colored, *SHAPES]],
-        "two objects": [
-            prompt_row(f"a {s} and a {t}", "object", [s, t]) for s in SHAPES for t in SHAPES if s != t
-        ],
+        "two objects": [prompt_row(f"a {s} and a {t}", "object", [s, t]) for s in SHAPES for t in SHAPES if s != t],
         "counting": [
             prompt_row(f"{n} {p}{'es' if p.endswith('cross') else 's'}", "numeracy", [p])
             for n in ("two", "three", "four")
@@ -173,9 +171,7 @@ def all_prompts():
         ],
         "color": [prompt_row(f"a {p} and a {q}", "color", [p, q]) for p, q in pairs],
         "spatial": [
-            prompt_row(f"a {p} {relation} a {q}", "spatial", [p, q])
-            for p, q in pairs
-            for relation in RELATIONS
+            prompt_row(f"a {p} {relation} a {q}", "spatial", [p, q]) for p, q in pairs for relation in RELATIONS
         ],
     }
 
@@ -216,9 +212,7 @@ def sample_scene(things, relation, rng):
             place = [rng.randrange(int(2 * edge) + 1, int(2 * (SIZE - edge))) / 2 for _ in "xy"]
             scene.append(Thing(shape, color or rng.choice(list(COLORS)), *place, r, rng.uniform(0.6, 1)))
         gaps = [
-            np.hypot(a.x - b.x, a.y - b.y) - 1.2 * (a.r + b.r) - 1.5
-            for i, a in enumerate(scene)
-            for b in scene[:i]
+            np.hypot(a.x - b.x, a.y - b.y) - 1.2 * (a.r + b.r) - 1.5 for i, a in enumerate(scene) for b in scene[:i]
         ]
         if len(scene) == len(things) and all(gap > 0 for gap in gaps):
             if relation is None or holds(relation, scene[0], scene[1]):
@@ -266,11 +260,7 @@ def corrupt(scene, kind, strength, rng):
         shape = rng.choice(SHAPES)
         shift = victim.r * (0.5 + 0.7 * strength)
         twin = replace(
-            victim,
-            shape=shape,
-            x=victim.x + ux * shift,
-            y=victim.y + uy * shift,
-            r=victim.r * (0.4 + 0.6 * strength),
+            victim, shape=shape, x=victim.x + ux * shift, y=victim.y + uy * shift, r=victim.r * (0.4 + 0.6 * strength)
         )
         return paint(pixels, twin)
     if kind == "bleeding":
@@ -318,13 +308,8 @@ def make_pictures(n, flawed, seed, strength=(0.4, 1.0)):
     8 x 8 pixels it shows, (n, 16). Families are equally frequent."""
     rng = random.Random(seed)
     families = training_families()
-    rows, scenes, pixels, kinds, where = (
-        [],
-        [],
-        np.empty((n, 32, 32, 3), np.uint8),
-        [],
-        np.zeros((n, 16), bool),
-    )
+    rows, scenes, kinds = [], [], []
+    pixels, where = np.empty((n, 32, 32, 3), np.uint8), np.zeros((n, 16), bool)
     for i in range(n):
         row = rng.choice(rng.choice(families))
         scene = sample_scene(*wanted(row["prompt"]), rng)
@@ -416,9 +401,7 @@ def explain_bytes(data):
         for m, (i, sx, sy) in enumerate(owners):
             c, k = divmod(int(best[m]), len(bank))
             shape, r, dx, dy = bank[k]
-            thing = Thing(
-                shape, list(COLORS)[c], SIZE / 2 + dx + sx, SIZE / 2 + dy + sy, r, float(v[m, c, k])
-            )
+            thing = Thing(shape, list(COLORS)[c], SIZE / 2 + dx + sx, SIZE / 2 + dy + sy, r, float(v[m, c, k]))
             found[i].append(thing)
             cover = torch.from_numpy(coverage(shape, thing.x, thing.y, r))[..., None]
             redrawn[i] = redrawn[i] * (1 - cover) + cover * thing.vivid * directions[c]

@@ -79,9 +79,7 @@ def perturb(things, relation, rng):
     elif way == "more":
         things.append((rng.choice(tiny.SHAPES), None))
     else:
-        relation = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[
-            relation
-        ]
+        relation = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation]
     return things[:4], relation
 
 
@@ -334,6 +332,28 @@ def build_judge(folder):
     ).save_pretrained(folder)
 
 
+def quiz(drawn, painted, batch, rng, nrng):
+    """(questions, pictures, is it broken in the way asked about, which fault shows where (batch, 16, faults)). One in four
+    pictures is the policy's own: which fault it has is not known, only whether, so all are asked about."""
+    (pixels, kinds, where), (images, clean) = drawn, painted
+    questions, pictures, broken, faults = [], [], [], torch.zeros(batch, 16, len(FAULTS))
+    for b in range(batch):
+        if b < batch // 4:
+            i = nrng.integers(len(images))
+            question, _ = ask(rng, everything=True)
+            broken.append(not clean[i])
+            pictures.append(images[i])
+        else:
+            i = nrng.integers(len(pixels))
+            question, about = ask(rng)
+            broken.append(kinds[i] in about)
+            pictures.append(Image.fromarray(pixels[i]))
+            if kinds[i]:
+                faults[b, :, list(FAULTS).index(kinds[i])] = torch.from_numpy(where[i]).float()
+        questions.append(question)
+    return questions, pictures, broken, faults
+
+
 def train_judge(folder, drawn, painted, steps, seed, batch=64, lr=1e-3):
     """Visual question answering about faults. drawn: (pixels, kinds, where), every kind of question about
     them; painted: (images, clean), the policy's own pictures labelled by gold, asked about with all faults
@@ -347,42 +367,23 @@ def train_judge(folder, drawn, painted, steps, seed, batch=64, lr=1e-3):
     judge.model.train().requires_grad_(True)
     yes, no = judge.tokenizer.convert_tokens_to_ids(["yes", "no"])
     helper, seen = torch.nn.Linear(96, len(FAULTS)), []
-    judge.model.model.visual.register_forward_hook(
-        lambda module, inputs, output: seen.append(output.pooler_output)
-    )
+    judge.model.model.visual.register_forward_hook(lambda module, inputs, output: seen.append(output.pooler_output))
     parameters = [*judge.model.parameters(), *helper.parameters()]
     opt = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)
-    (pixels, kinds, where), (images, clean), bar = drawn, painted, trange(steps, desc="judge")
+    bar = trange(steps, desc="judge")
     for step in bar:
-        questions, pictures, answers, faults = [], [], [], torch.zeros(batch, 16, len(FAULTS))
-        for b in range(batch):
-            if b < batch // 4:  # one in four is the policy's: which fault it has is not known, only whether
-                i = nrng.integers(len(images))
-                question, _ = ask(rng, everything=True)
-                broken = not clean[i]
-                pictures.append(images[i])
-            else:
-                i = nrng.integers(len(pixels))
-                question, about = ask(rng)
-                broken = kinds[i] in about
-                pictures.append(Image.fromarray(pixels[i]))
-                if kinds[i]:
-                    faults[b, :, list(FAULTS).index(kinds[i])] = torch.from_numpy(where[i]).float()
-            questions.append(question), answers.append(yes if broken else no)
+        questions, pictures, broken, faults = quiz(drawn, painted, batch, rng, nrng)
+        answers = torch.tensor([yes if it_is else no for it_is in broken])
         seen.clear()
         logits = judge.logits(questions, pictures)
-        answer_loss = F.cross_entropy(logits, torch.tensor(answers))
+        answer_loss = F.cross_entropy(logits, answers)
         named = helper(seen[0].view(batch, 16, 96))[batch // 4 :]
-        helper_loss = F.binary_cross_entropy_with_logits(
-            named, faults[batch // 4 :], pos_weight=torch.tensor(4.0)
-        )
+        helper_loss = F.binary_cross_entropy_with_logits(named, faults[batch // 4 :], pos_weight=torch.tensor(4.0))
         opt.zero_grad(), (answer_loss + 5 * helper_loss).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         opt.step(), schedule.step()
         if step % 10 == 0:
-            right = (logits.argmax(1) == torch.tensor(answers)).float().mean().item()
-            bar.set_postfix(
-                answer=f"{answer_loss.item():.3f}", helper=f"{helper_loss.item():.3f}", right=f"{right:.2f}"
-            )
+            right = (logits.argmax(1) == answers).float().mean().item()
+            bar.set_postfix(answer=f"{answer_loss.item():.3f}", helper=f"{helper_loss.item():.3f}", right=f"{right:.2f}")
     judge.model.eval().save_pretrained(folder)

@@ -42,15 +42,8 @@ from files import atomic
 from tiny_dino import train_dino
 from tiny_rewards import bpe_tokenizer, train_judge, train_preference
 
-VQ_CONFIG = dict(
-    embed_dim=8,
-    num_embeddings=256,
-    latent_channels=64,
-    base_channels=32,
-    channel_multiplier=[1, 1, 2],
-    num_res_blocks=1,
-    num_patches=8,
-)
+VQ_CONFIG = dict(embed_dim=8, num_embeddings=256, latent_channels=64, base_channels=32, channel_multiplier=[1, 1, 2],
+                 num_res_blocks=1, num_patches=8)
 
 
 def to_model(pixels):
@@ -103,16 +96,7 @@ def train_vq(pixels, steps, seed, batch=64, lr=2e-3):
 
 def policy_tokenizer(texts):
     """Janus' special tokens, with the words of this world's prompts and thoughts."""
-    specials = [
-        "<pad>",
-        "<bos>",
-        "<eos>",
-        "<image>",
-        "<begin_of_image>",
-        "<end_of_image>",
-        "<|User|>",
-        "<|Assistant|>",
-    ]
+    specials = ["<pad>", "<bos>", "<eos>", "<image>", "<begin_of_image>", "<end_of_image>", "<|User|>", "<|Assistant|>"]
     core = bpe_tokenizer(texts, specials)
     core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(
@@ -121,66 +105,33 @@ def policy_tokenizer(texts):
         bos_token="<bos>",
         eos_token="<eos>",
         padding_side="left",
-        extra_special_tokens={
-            "image_token": "<image>",
-            "boi_token": "<begin_of_image>",
-            "eoi_token": "<end_of_image>",
-        },
+        extra_special_tokens={"image_token": "<image>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"},
     )
+
+
+CHAT = ("{% for message in messages %}{% for part in message['content'] %}<|User|>:{{ ' ' + part['text'] }}"
+        "{% endfor %}{% endfor %}\n\n<|Assistant|>:")
 
 
 def build_policy(vq, texts):
     """An untrained Janus of 1 M parameters around a trained VQ model."""
-    tokenizer = policy_tokenizer(texts)
-    width = 128
+    tokenizer, width = policy_tokenizer(texts), 128
     config = JanusConfig(
-        text_config=LlamaConfig(
-            hidden_size=width,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=512,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            tie_word_embeddings=False,
-        ).to_dict(),
-        vision_config=dict(
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=4,
-            projection_dim=width,
-            num_image_tokens=64,
-        ),
+        text_config=LlamaConfig(hidden_size=width, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+                                vocab_size=len(tokenizer), max_position_embeddings=512, pad_token_id=0, bos_token_id=1,
+                                eos_token_id=2, tie_word_embeddings=False).to_dict(),
+        vision_config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=4,
+                           projection_dim=width, num_image_tokens=64),
         vq_config=dict(VQ_CONFIG, projection_dim=width, image_token_embed_dim=width),
-        image_token_id=3,
-        tie_word_embeddings=False,
-    )
+        image_token_id=3, tie_word_embeddings=False)
     model = JanusForConditionalGeneration(config)
     model.model.vqmodel.load_state_dict(vq.state_dict())
     # The embedding that the language model reads is 8 numbers a code: the codebook's own, to begin with.
     model.model.generation_embeddings.weight.data.copy_(vq.quantize.embedding.weight)
-    model.generation_config = GenerationConfig(
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        guidance_scale=1.0,
-        do_sample=True,
-        generation_kwargs={"boi_token_id": 4},
-    )
-    template = (
-        "{% for message in messages %}{% for part in message['content'] %}<|User|>:{{ ' ' + part['text'] }}"
-        "{% endfor %}{% endfor %}\n\n<|Assistant|>:"
-    )
-    processor = JanusProcessor(
-        JanusImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3),
-        tokenizer,
-        chat_template=template,
-        num_image_tokens=64,
-    )
+    model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2, guidance_scale=1.0,
+                                               do_sample=True, generation_kwargs={"boi_token_id": 4})
+    eyes = JanusImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor = JanusProcessor(eyes, tokenizer, chat_template=CHAT, num_image_tokens=64)
     return generate.Policy(model, processor, "plan {}", torch.float32)
 
 
@@ -194,18 +145,12 @@ def train_policy(vq, rows, scenes, pixels, steps, seed, batch=64, lr=1.5e-3):
     policy = build_policy(vq, prompts + thoughts + ["plan a red circle."])
     with torch.no_grad():
         ids = torch.cat(
-            [
-                vq.encode(to_model(chunk)).image_tokens
-                for chunk in np.array_split(pixels, len(pixels) // 256 + 1)
-            ]
+            [vq.encode(to_model(chunk)).image_tokens for chunk in np.array_split(pixels, len(pixels) // 256 + 1)]
         )
     ids = ids.view(len(pixels), -1)
     eos, pad = policy.tokenizer.eos_token, policy.tokenizer.pad_token_id
-    trained = [
-        p
-        for name, p in policy.model.named_parameters()
-        if name.startswith(("model.language_model.", "lm_head.", "model.generation_"))
-    ]
+    names = ("model.language_model.", "lm_head.", "model.generation_")
+    trained = [p for name, p in policy.model.named_parameters() if name.startswith(names)]
     opt = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.05)
     embed, bar = policy.body.get_input_embeddings(), trange(steps, desc="policy")
@@ -273,11 +218,7 @@ def save_pairs(folder, split, painted, n, seed):
         scene = tiny.sample_scene(*tiny.wanted(prompt), rng)
         broken = tiny.corrupt(scene, kind, rng.uniform(0.4, 1), rng)
         lines.append(
-            (
-                {"prompt": prompt, "source": f"drawn, {kind}"},
-                tiny.to_image(tiny.draw(scene)),
-                tiny.to_image(broken),
-            )
+            ({"prompt": prompt, "source": f"drawn, {kind}"}, tiny.to_image(tiny.draw(scene)), tiny.to_image(broken))
         )
     (folder / split).mkdir(parents=True, exist_ok=True)
     with atomic(folder / f"{split}.jsonl") as file:
@@ -299,9 +240,7 @@ class Config:
     hps_steps: int = 700  # of each of its two stages
     dino_steps: int = 2000
     judge_steps: int = 2200
-    flawed: float = (
-        0.25  # share of broken pictures among those the policy learns from: it paints such ones, too
-    )
+    flawed: float = 0.25  # share of broken pictures among those the policy learns from: it paints such ones, too
 
 
 def main(cfg):
@@ -325,14 +264,14 @@ def main(cfg):
         policy = generate.load_policy(str(out / "policy"))
         painted = {"train": paint(policy, rows["train"], 12, 1), "test": paint(policy, rows["test"], 8, 2)}
         aligned, clean = map(np.array, painted["test"][2:])
-        print(f"policy: {(clean >= tiny.CLEAN_ENOUGH).mean():.3f} of its test pictures are artifact-free, "
-              f"{aligned.mean():.3f} aligned")
+        print(
+            f"policy: {(clean >= tiny.CLEAN_ENOUGH).mean():.3f} of its test pictures are artifact-free, "
+            f"{aligned.mean():.3f} aligned"
+        )
     if "artifact" in stages:
         drawn = tiny.make_pictures(16000, 0.5, cfg.seed + 2)[2:]
         _, images, _, clean = painted["train"]
-        train_judge(
-            out / "artifact", drawn, (images, np.array(clean) >= tiny.CLEAN_ENOUGH), cfg.judge_steps, cfg.seed
-        )
+        train_judge(out / "artifact", drawn, (images, np.array(clean) >= tiny.CLEAN_ENOUGH), cfg.judge_steps, cfg.seed)
     if "pairs" in stages:
         held = {row["prompt"] for row in rows["train"] if zlib.crc32(row["prompt"].encode()) % 3 == 0}
         for split, keep in (("train", lambda p: p not in held), ("validation", lambda p: p in held)):

@@ -10,6 +10,7 @@ import tyro
 from PIL import Image
 
 import apo
+import bandits
 
 PAIRS = apo.HERE / "tiny" / "pairs"
 PLAIN = "Are there artifacts in this picture? Answer yes or no."
@@ -178,12 +179,12 @@ class Fake:
         return np.where([row["broken"] for row in rows], p, 1 - p)
 
 
-@pytest.mark.parametrize("how", apo.SELECT)
+@pytest.mark.parametrize("how", bandits.SELECT)
 def test_every_selection_finds_the_best_and_keeps_to_its_budget(how):
     rows = [{"broken": i % 2 == 0} for i in range(200)]
     questions = [str(q) for q in np.linspace(0.1, 0.9, 16).round(3)]
     answers = Fake()
-    kept = apo.SELECT[how](apo.Race(questions, rows, answers), 4, budget=0.35 * 16 * 200)
+    kept = bandits.SELECT[how](bandits.Race(questions, rows, answers), 4, budget=0.35 * 16 * 200)
     assert kept[0] == "0.9" and len(kept) == 4
     assert answers.calls == 3200 if how == "full" else answers.calls <= 0.36 * 3200
 
@@ -191,8 +192,8 @@ def test_every_selection_finds_the_best_and_keeps_to_its_budget(how):
 def test_successive_rejects_spends_what_its_formula_says():
     """K = 4, keep 1, budget 104: logbar = 1/2 + 1/2 + 1/3 + 1/4 = 19/12, n_k = 100 * 12 / 19 / (5 - k)."""
     rows = [{"broken": True}] * 1000
-    race = apo.Race(["0.9", "0.8", "0.3", "0.2"], rows, Fake())
-    assert apo.successive_rejects(race, 1, 104) == ["0.9"]
+    race = bandits.Race(["0.9", "0.8", "0.3", "0.2"], rows, Fake())
+    assert bandits.successive_rejects(race, 1, 104) == ["0.9"]
     assert [len(race.scores[q]) for q in ("0.2", "0.3", "0.8", "0.9")] == [16, 22, 32, 32]
 
 

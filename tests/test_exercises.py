@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 
-import apo
 import artifact_reward
+import bandits
 import exercises
 import generate
 import grpo
 import rewards
 
 SOLUTIONS = {"group_advantages": grpo.group_advantages, "guide": generate.guide, "kl_k3": grpo.kl_k3,
-             "p_no": artifact_reward.p_no, "dominated": rewards.dominated, "successive_rejects": apo.successive_rejects}
+             "p_no": artifact_reward.p_no, "dominated": rewards.dominated, "successive_rejects": bandits.successive_rejects}
 MISTAKES = {
     "group_advantages": lambda r, g: ((r.view(-1, g) - r.view(-1, g).mean(1, keepdim=True)) / r.std()).view(-1),
     "guide": lambda logits, w: logits.chunk(2)[0] * w if w != 1 else logits,

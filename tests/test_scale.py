@@ -161,3 +161,20 @@ def test_sharding_one_process_is_refused(capsys):
     with pytest.raises(SystemExit):
         grpo.main(grpo.Config(shard=True))
     assert "--nproc-per-node" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_janus_pro_1b_with_random_weights_paints_and_scores(policy):
+    """The architecture of the published model at full size, in bfloat16: 576 tokens of 16384, 384 x 384 pixels. Needs 6 GB."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = scale.JanusForConditionalGeneration(scale.janus_config("Janus-Pro-1B")).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    large = generate.Policy(model, policy.processor, policy.reasoning, torch.bfloat16)
+    rollouts = generate.sample(large, ["a red circle"], [(0, 0, 0, 0)], cot=False, cfg_weight=5.0)
+    assert rollouts.image_ids.shape == (1, 576) and 256 < rollouts.image_ids.max() < 16384
+    assert rollouts.images[0].size == (384, 384)
+    with torch.no_grad():
+        scored = generate.logprobs(large, rollouts, 5.0)
+    assert scored.shape == (1, 576) and scored.isfinite().all() and scored.mean() < -1
