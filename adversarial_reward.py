@@ -265,7 +265,8 @@ def main(cfg):
         painted = np.mean([(abs(np.asarray(picture) - tiny.GROUND).max(-1) > 40).mean() for picture in pictures])
         colors = [thing.color for things in found for thing in things]
         share = sum(color in tiny.COOL for color in colors) / len(colors)
-        print(f"{name} test: {share:.3f} of {len(colors)} objects are {', '.join(tiny.COOL)}; {painted:.3f} of the pixels painted")
+        print(f"{name} test: {share:.3f} of {len(colors)} objects are {', '.join(tiny.COOL)}; {painted:.3f} of the pixels are "
+              "painted")
     both = Image.new("RGB", (strips[0].width, 2 * strips[0].height + 6), "white")
     both.paste(strips[0], (0, 0)), both.paste(strips[-1], (0, strips[0].height + 6))
     with atomic(cfg.figure, "wb") as file:

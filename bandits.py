@@ -11,7 +11,9 @@ equally often; the others spend on the good ones, which are hard to tell apart, 
 
 Run:   python apo.py --select full ucb successive-rejects successive-halving
 
-You should see:  a line for each search: what it cost in judge calls, what its question is worth on the test split.   Read next: apo.py, which calls `SELECT[how]`
+You should see:  a line for each search: what it cost in judge calls, what its question is worth on the test split.
+
+Read next: apo.py, which calls `SELECT[how]`
 """
 
 import math
