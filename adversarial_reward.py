@@ -40,8 +40,8 @@ from PIL import Image
 from transformers import Dinov2Model
 
 import tiny
-from files import atomic, read_jsonl, usage_error
-from hacking import cut_sheet
+from files import read_jsonl, usage_error
+from hacking import cut_sheet, training_grid
 
 # Shapes:  B pictures   P patches of each   D numbers a token
 
@@ -255,9 +255,8 @@ def main(cfg):
     """Of the first and the last test's pictures: how many objects have a cool colour, as gold finds them, and how large the
     painted part of a picture is."""
     run = Path(cfg.run)
-    strips = [Image.open(path) for path in sorted((run / "samples").glob("step_*.png"))]
-    if not strips:
-        usage_error(f"{run}: no run folder of grpo.py")
+    if not (run / "tests" / "last.png").is_file():
+        usage_error(f"{run}: no run folder of grpo.py, or it was not tested twice")
     n = len(read_jsonl(sorted((run / "tests").glob("step_*.jsonl"))[0]))
     for name in ("first", "last"):
         pictures = cut_sheet(run / "tests" / f"{name}.png", n)
@@ -267,10 +266,7 @@ def main(cfg):
         share = sum(color in tiny.COOL for color in colors) / len(colors)
         print(f"{name} test: {share:.3f} of {len(colors)} objects are {', '.join(tiny.COOL)}; {painted:.3f} of the pixels are "
               "painted")
-    both = Image.new("RGB", (strips[0].width, 2 * strips[0].height + 6), "white")
-    both.paste(strips[0], (0, 0)), both.paste(strips[-1], (0, strips[0].height + 6))
-    with atomic(cfg.figure, "wb") as file:
-        both.save(file, "PNG")
+    training_grid(run, cfg.figure, rows=2)
 
 
 if __name__ == "__main__":

@@ -207,18 +207,21 @@ def cut_sheet(path, n):
     return [sheet.crop((x, y, x + width, y + height)) for x, y in corners]
 
 
-def training_grid(run):
-    """The same prompts with the same noise, a row per test: what training did to them."""
+def training_grid(run, path, rows=11):
+    """The same prompts with the same noise, a row a test (of many tests some, the first and the last always): what training
+    did to them."""
     strips = sorted((Path(run) / "samples").glob("step_*.png"))
-    rows = [Image.open(path) for path in strips]
+    if len(strips) > rows:
+        strips = [strips[round(i * (len(strips) - 1) / (rows - 1))] for i in range(rows)]
+    rows = [Image.open(strip) for strip in strips]
     margin, gap = 70, 4
     grid = Image.new("RGB", (margin + rows[0].width, sum(row.height + gap for row in rows)), "white")
     pen, y = ImageDraw.Draw(grid), 0
-    for path, row in zip(strips, rows):
-        pen.text((4, y + row.height // 2 - 6), f"step {int(path.stem.split('_')[1])}", fill="black")
+    for strip, row in zip(strips, rows):
+        pen.text((4, y + row.height // 2 - 6), f"step {int(strip.stem.split('_')[1])}", fill="black")
         grid.paste(row, (margin, y))
         y += row.height + gap
-    with atomic(Path(run) / "training.png", "wb") as file:
+    with atomic(path, "wb") as file:
         grid.save(file, "PNG")
 
 
@@ -295,7 +298,7 @@ def report_page(run):
     run = Path(run)
     config, _, tests, _ = read_run(run)
     hacking_figure([run], run / "hacking.png")
-    training_grid(run)
+    training_grid(run, run / "training.png")
     trained, parted = names_in(config, "rewards"), onset(run)
     said = (f"Reward and truth part company at step {parted}." if parted is not None else
             "No onset of hacking by the rule: gold did not fall from its highest value, or no reward rose meanwhile.")
