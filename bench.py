@@ -119,10 +119,10 @@ def our_step(policy, reference, scorers, rows, jobs, cfg, optimizer):
     clock("rollout and decoding to pixels")
     scores = rewards.score(scorers, rollouts.prompts, rollouts.images, [rows[i] for i, _ in jobs])
     clock("rewards")
-    reference_scores = grpo.all_logprobs(reference, rollouts, cfg)
+    reference_NS = grpo.all_logprobs(reference, rollouts, cfg)
     clock("reference logprobs")
     advantages = grpo.group_advantages(sum(scores.values()), cfg.num_generations)
-    grpo.update(policy, reference_scores, optimizer, rollouts, advantages, cfg)
+    grpo.update(policy, reference_NS, optimizer, rollouts, advantages, cfg)
     clock("logprobs and update")
     return clock.seconds
 

@@ -105,7 +105,7 @@ def explain(cfg):
 
 @dataclass
 class Config:
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional]  # run folders, a row each below the untrained policy
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]  # run folders, a row each below the policy before RL
     prompt: str = "a red star and a blue circle"
     pictures: int = 8  # the group
     seed: int = 1

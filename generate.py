@@ -500,7 +500,7 @@ def main(cfg):
     if manifest.exists():
         entries = {entry["path"]: entry for entry in map(json.loads, manifest.read_text().splitlines())}
 
-    todo = []
+    todo, replaced = [], 0
     for i, row in enumerate(rows):
         with atomic(root / f"{i:05d}" / "metadata.jsonl") as file:
             file.write(json.dumps(row))
@@ -512,6 +512,9 @@ def main(cfg):
             made = (root / entry["path"]).exists() and entry.items() <= known.items()  # by these very settings
             if cfg.overwrite or not made:
                 todo.append((i, k, entry))
+                replaced += bool(known)
+    if replaced:
+        print(f"{replaced} pictures in {root}/ were made for other prompts or with other settings; they are replaced")
 
     for start in tqdm(range(0, len(todo), cfg.batch_size), desc="painting", disable=len(todo) <= cfg.batch_size):
         batch = todo[start : start + cfg.batch_size]

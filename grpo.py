@@ -11,7 +11,7 @@ baseline. One advantage trains both the thought and the picture (BiCoT-GRPO, T2I
 The policy learns what the reward model *measures*, not what it was meant to measure. That gap is
 the subject: `--rewards` train, `--eval-rewards` are only watched, and nothing is ever both.
 
-Run:   torchrun grpo.py --rewards hps,artifact         the tiny world: about 7 minutes on two CPU cores
+Run:   torchrun grpo.py --rewards hps,artifact         the tiny world: under 8 minutes on two CPU cores
        torchrun grpo.py --rewards hps                  the same without the cure: watch gold fall
        python grpo.py --explain                        one step, told number by number
        torchrun --nproc-per-node 8 grpo.py --model deepseek-community/Janus-Pro-1B --judge-url http://HOST:8000/v1
@@ -22,6 +22,7 @@ share of artifact-free pictures (by gold) does not fall; at the end runs/<name>/
 Left out: a value network, a KL in the reward, learned critics.   Read next: evaluate.py, tiny.py
 """
 
+import math
 import random
 import sys
 from dataclasses import dataclass
@@ -110,14 +111,18 @@ def group_advantages(total_N, group_size, divide="group"):
     """Rewards -> advantages (N,), group by group. NaN rewards get 0 and do not move the others' mean.
 
     The deviation has n - 1, as released (T2I-R1 grpo_trainer.py:743). A unanimous group has nothing to
-    teach: 0 / 1e-4 = 0. Per group and not per batch: an easy prompt must not make every picture of a hard
+    teach, and gets 0. Per group and not per batch: an easy prompt must not make every picture of a hard
     one look bad. By std only if asked: it blows up nearly tied groups (Dr.GRPO, arXiv:2503.20783). "best": 1 for
     the best picture, 0 for the others, so that the loss is the likelihood of the best of G (RAFT, arXiv:2304.06767)."""
     reward = total_N.view(-1, group_size)
     known = reward.isfinite()
     count = known.sum(1, keepdim=True)
     mean = torch.where(known, reward, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
-    centered = torch.where(known, reward - mean, 0.0)
+    lowest = torch.where(known, reward, math.inf).amin(1, keepdim=True)
+    highest = torch.where(known, reward, -math.inf).amax(1, keepdim=True)
+    # Equal rewards are asked for by name: their mean in float32 may differ from them in the last digit, and a last digit
+    # divided by 1e-4 is an advantage.
+    centered = torch.where(known & (highest > lowest), reward - mean, 0.0)
     if divide == "group":
         scale = (centered.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + 1e-4
     elif divide == "global":
@@ -132,8 +137,10 @@ def group_advantages(total_N, group_size, divide="group"):
 
 
 def kl_k3(logprobs, reference):
-    """Schulman's k3, an estimate of KL(pi || pi_ref) per token: never negative, unbiased under samples of
-    pi, small variance. Where sampling and scoring differ (guidance="cond") it is not a KL of anything."""
+    """Schulman's k3, per token. Its *value*, under samples of pi, estimates KL(pi || pi_ref) without bias, with little
+    variance, and never below 0. Its *gradient*, with the samples held fixed, is (1 - e^d) grad log pi, on average that
+    of KL(pi_ref || pi), the other direction; both pull to the same place, and everybody uses it so. Where sampling and
+    scoring differ (guidance="cond") it is not a KL of anything."""
     d = reference - logprobs
     return d.exp() - d - 1
 
@@ -150,7 +157,8 @@ def grpo_loss(logprobs_NS, old_NS, reference_NS, advantages_N, mask_NS, beta, ep
 
 
 def guidance_weights(cfg, policy):
-    """(weight to sample with, weight to score with). Three policies are in use:
+    """(weight to sample with, weight of the log-probabilities), of pictures: thoughts are never guided. Three policies are
+    in use:
 
     guided  sample guided, score guided: exact, on-policy; scoring costs two branches.
     cond    sample guided, score the conditional branch alone: what T2I-R1 and ArtifactReward released.
@@ -301,8 +309,9 @@ def test(policy, reference, scorers, rows, cfg, rank, world):
 
 
 def best_of_n_pool(e):
-    """`best_of` pictures of the *untrained* policy for each of 40 test prompts, with their scores: all that
-    best-of-n needs. It optimises the same reward without any RL: what it breaks is the reward's fault."""
+    """`best_of` pictures of the policy *before* RL for each of 40 test prompts, with their scores: all that best-of-n
+    needs. It optimises the same reward but never leaves what that policy paints: what it breaks is the reward's fault,
+    what RL breaks beyond it is broken where nobody ever asked the reward."""
     pool, n = [], e.cfg.best_of
     for i in range(e.rank, min(40, len(e.test_rows)), e.world):
         jobs, group = [(i, k) for k in range(n)], [e.test_rows[i]] * n
@@ -334,21 +343,21 @@ def main(cfg):
             rollouts = rollout(e.policy, e.rows, jobs, step, cfg)  # G thoughts and pictures for each prompt
         e.stop_if_asked()  # nothing has been changed by this step: it would be made again
         e.log.tick("rollout")
-        adversary = learn(e.learners, jobs, rollouts)  # a reward that learns has seen these when it scores them
+        adversary = learn(e.learners, jobs, rollouts)  # a reward that learns does so before it scores them
         training_scores = reward_models.start_scoring(e.train_on, rollouts.prompts, rollouts.images, asked)
-        reference_scores = reference_logprobs(e.policy, e.reference, rollouts, cfg)  # while a judge far away takes its time
+        reference_NS = reference_logprobs(e.policy, e.reference, rollouts, cfg)  # while a judge far away takes its time
         scores = training_scores()  # what trains
         believed = reward_models.score(e.watch, rollouts.prompts, rollouts.images, asked)  # what does not
         total = reward_models.combine(scores, e.weights, cfg.num_generations, cfg.combine, e.state["multipliers"])
         e.log.tick("score")
 
-        everyone = torch.tensor(scale.gather(total.tolist()))
+        everyone = torch.tensor(scale.gather(total.tolist()))  # of all processes, for --advantage global; groups stay apart
         mine = slice(e.rank * len(total), (e.rank + 1) * len(total))
         advantages = group_advantages(everyone, cfg.num_generations, cfg.advantage)[mine]
         # Linear decay to 0, as T2I-R1 (the Trainer's default): at a constant rate the gradient's noise keeps
         # the policy wandering, which costs KL and buys no reward.
         e.optimizer.param_groups[0]["lr"] = cfg.learning_rate * (1 - step / cfg.max_steps)
-        metrics = adversary | update(e.policy, reference_scores, e.optimizer, rollouts, advantages, cfg)
+        metrics = adversary | update(e.policy, reference_NS, e.optimizer, rollouts, advantages, cfg)
         e.log.tick("update")
 
         scores |= believed | {"total": total, "advantage": advantages}

@@ -48,8 +48,12 @@ def read_run(run):
     return config, steps, read_jsonl(run / "test.jsonl"), pool
 
 
+def parse_names(text):
+    return [re.split("[:@]", part)[0].strip() for part in (text or "").split(",") if part.strip()]
+
+
 def names_in(config, flag):
-    return [re.split("[:@]", part)[0].strip() for part in (config["flags"][flag] or "").split(",") if part.strip()]
+    return parse_names(config["flags"][flag])
 
 
 # --- numbers ------------------------------------------------------------------------------------
@@ -85,7 +89,7 @@ def best_of_n(pool, n, value):
 
 
 def within_prompt_std(pool, name):
-    """How far apart the untrained policy's pictures of one prompt score: sqrt of the mean variance."""
+    """How far apart the base policy's pictures of one prompt score: sqrt of the mean variance."""
     prompts = defaultdict(list)
     for r in pool:
         if math.isfinite(r[name]):
@@ -162,6 +166,24 @@ def seeds_table(runs):
         if "gold" in members[0][1][0]:
             rows.append({"trained on": "", "measured": "onset of hacking", "before": "", "after": "",
                          "change, 95 % over seeds": ", ".join("none" if p is None else f"step {p}" for p in parted)})
+        if all(pool for *_, pool in members):
+            rows += best_of_rows([pool for *_, pool in members], trained)
+    return rows
+
+
+def best_of_rows(pools, trained):
+    """The same reward, optimised by choosing among n pictures of the policy before RL."""
+    n = max(r["sample"] for r in pools[0]) + 1
+    names = [name for name in pools[0][0] if name in [*parse_names(trained), "gold"]]
+    values = {name: lambda r, name=name: r[name] for name in names}
+    if "gold-clean" in pools[0][0]:
+        values["artifact-free"] = artifact_free
+    rows = []
+    for name, value in values.items():
+        before, after = ([best_of_n(pool, k, value) for pool in pools] for k in (1, n))
+        change, width = interval([b - a for a, b in zip(before, after)])
+        rows.append({"trained on": "", "measured": f"best of {n}: {name}", "before": mean(before), "after": mean(after),
+                     "change, 95 % over seeds": f"{change:+.3f}" + (f" ± {width:.3f}" if math.isfinite(width) else "")})
     return rows
 
 

@@ -56,7 +56,7 @@ def check(cfg, world):
             f"{', '.join(weights.keys() & set(held_out))} is in --rewards and in --eval-rewards: what is trained "
             "on cannot be believed; take it out of one"
         )
-    watched = [name for name in weights if hasattr(reward_models.REWARDS[name], "only_watched")]
+    watched = [name for name in weights if getattr(reward_models.REWARDS[name], "only_watched", False)]
     if watched:
         usage_error(f"--rewards {', '.join(watched)}: a statistic, not an opinion; it can only be watched, --eval-rewards")
     learning = [name for name in held_out if hasattr(reward_models.REWARDS[name], "learn")]
@@ -303,7 +303,7 @@ def summarize(records, trained, held_out, cfg):
         metrics[f"{kind}/{name}"] = values.nanmean().item()
         # Within the group: the spread that GRPO learns from. No spread in a group, nothing to learn.
         metrics[f"{kind}/{name}/group_std"] = values.std(1).nanmean().item()
-        metrics["unanimous_groups"] = (values.std(1) == 0).float().mean().item()  # at last, of the total
+        metrics["unanimous_groups"] = (values.amax(1) == values.amin(1)).float().mean().item()  # at last, of the total
     return metrics
 
 

@@ -16,6 +16,9 @@ Run:   python rewards.py --list
 
 You should see:  a line per reward, with its range and what it needs; then a score per picture.
 
+A reward of your own: a class like Jpeg below (not Statistic: those are only watched), and a line in REWARDS. README.md has an
+example; `cog -r README.md` puts it into the README's table.
+
 Left out: anything that trains. The same object serves as training reward and as held-out metric; which
 one it is, is decided in grpo.py and nowhere else.   Read next: artifact_reward.py
 """
@@ -559,7 +562,7 @@ def standardize(values_NK, group_size):
 
 
 def combine(scores, weights, group_size, how="sum", multipliers=None):
-    """Many rewards -> one number a rollout, (N,). NaN marks a rollout that takes no part: one of its
+    """Many rewards -> one number a rollout, (N,). NaN marks a rollout that gets no advantage: one of its
     scores failed, or (pareto) it is dominated.
 
     sum          sum_k w_k r_k: the paper, and T2I-R1. Scale decides who is heard.
@@ -649,6 +652,9 @@ def main(cfg):
     if cfg.command == "score" and not cfg.files:
         usage_error('give pictures as well: python rewards.py score hps picture.png --prompt "a red star", or a folder, '
                     "--images DIR --prompts FILE")
+    learners = [name for name, _, url in parsed if hasattr(REWARDS[name], "learn") and not url]
+    if learners:
+        usage_error(f"{', '.join(learners)}: knows nothing before it has learned beside a policy; it scores within grpo.py only")
     loaded = {name: load(name, pick_device("auto")[0], checkpoint, url) for name, _, url in parsed}
     if cfg.command == "serve":
         (name, reward), = loaded.items()

@@ -5,13 +5,17 @@ import ast
 import importlib
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 from cogapp import Cog
+from PIL import Image
 
 import citations
+import rewards
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -86,3 +90,12 @@ def test_what_a_command_can_print_stands_in_the_readme_as_it_prints_it():
 
 def test_every_script_has_a_place_in_the_reading_order():
     assert sorted(citations.READING) == [path.stem for path in SCRIPTS]
+
+
+def test_the_readmes_example_of_a_reward_is_one(monkeypatch):
+    code = re.search(r"(?ms)^    class Blue.*?^    REWARDS\[.*?$", README).group()
+    monkeypatch.setattr(rewards, "REWARDS", dict(rewards.REWARDS))
+    exec(textwrap.dedent(code), vars(rewards) | {"__name__": "rewards"})
+    blue, images = rewards.load("blue"), [Image.new("RGB", (8, 8), color) for color in ("blue", "white", "red")]
+    scores = blue(["a star"] * 3, images)
+    assert scores.dtype == torch.float32 and scores.tolist() == [1.0, 0.0, -0.5] and len(code.strip().splitlines()) <= 10

@@ -361,3 +361,9 @@ def test_rewards_on_a_clip_compute_what_open_clip_computed(name, original):
     scores = dict(zip(recorded["prompts"], expected if name != "aesthetic" else [expected] * 3))
     assert largest_difference(reward, recorded, scores) < (1e-4 if name == "pickscore" else 1e-5)
     assert torch.tensor(expected).std() > 1e-2
+
+
+def test_a_reward_that_learns_cannot_score_before_it_has_learned(capsys):
+    with pytest.raises(SystemExit):
+        rewards.main(rewards.Config("score", "adversarial", ("tiny/pairs/test/0000_clean.png",)))
+    assert "beside a policy" in capsys.readouterr().err
