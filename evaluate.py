@@ -73,9 +73,10 @@ class Config:
 
 def load_rewards(cfg):
     checkpoint = "tiny" if cfg.model == "tiny" else None
-    options = {"artifact": dict(judge_urls=cfg.judge_url)}
+    options, parsed = {"artifact": dict(judge_urls=cfg.judge_url)}, reward_models.parse_all(cfg.rewards)
+    reward_models.refuse_learners(parsed)
     return {name: reward_models.load(name, pick_device("auto")[0], checkpoint, url, **options.get(name, {}))
-            for name, _, url in reward_models.parse_all(cfg.rewards)}
+            for name, _, url in parsed}
 
 
 def open_picture(path):

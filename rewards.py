@@ -610,6 +610,13 @@ def update_multipliers(multipliers, scores, floors, rate=0.1):
     }
 
 
+def refuse_learners(parsed):
+    """Pictures alone cannot be scored by what would first have to learn."""
+    names = [name for name, *_ in parsed if hasattr(REWARDS[name], "learn")]
+    if names:
+        usage_error(f"{', '.join(names)}: knows nothing before it has learned beside a policy; it scores within grpo.py only")
+
+
 # --- command line -----------------------------------------------------------------------------
 
 
@@ -652,9 +659,7 @@ def main(cfg):
     if cfg.command == "score" and not cfg.files:
         usage_error('give pictures as well: python rewards.py score hps picture.png --prompt "a red star", or a folder, '
                     "--images DIR --prompts FILE")
-    learners = [name for name, _, url in parsed if hasattr(REWARDS[name], "learn") and not url]
-    if learners:
-        usage_error(f"{', '.join(learners)}: knows nothing before it has learned beside a policy; it scores within grpo.py only")
+    refuse_learners(parsed)
     loaded = {name: load(name, pick_device("auto")[0], checkpoint, url) for name, _, url in parsed}
     if cfg.command == "serve":
         (name, reward), = loaded.items()
