@@ -58,8 +58,8 @@ def citations():
     return places
 
 
-READING = """files generate rewards artifact_reward grpo evaluate hacking report apo bandits adversarial_reward contest tiny
-    tiny_train tiny_rewards tiny_dino harness scale explain exercises alignment_rewards vlm_rewards maniqa serving layouts
+READING = """files generate rewards artifact_reward grpo evaluate hacking report apo bandits adversarial_reward painters contest
+    tiny tiny_train tiny_rewards tiny_dino harness scale explain exercises alignment_rewards vlm_rewards maniqa serving layouts
     wise bench citations""".split()
 PACE = 20  # lines a minute: code whose every line is meant, with its comments
 

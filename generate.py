@@ -57,7 +57,7 @@ class Policy:
     model: JanusForConditionalGeneration
     processor: JanusProcessor
     reasoning: str  # the instruction that asks for a thought; {} is the prompt
-    dtype: torch.dtype  # of the arithmetic; the weights stay float32
+    dtype: torch.dtype  # of the arithmetic; trained weights are float32
     cuda_graph: bool = True  # sampling on a GPU: record one step, replay it
 
     def __post_init__(self):
@@ -65,7 +65,14 @@ class Policy:
         self.boi = self.tokenizer.convert_tokens_to_ids(self.tokenizer.boi_token)
         self.body = self.model.model.language_model  # without the text head, which pictures never need
         self.grid = self.model.config.vq_config.num_patches  # pictures are grid x grid tokens
-        self.device = next(self.model.parameters()).device
+
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
+
+    def to(self, device):
+        self.model.to(device)
+        return self
 
     def inside(self, function, *args):
         """function(*args), as one forward pass of the whole model: where the weights are spread over processes
@@ -76,6 +83,8 @@ class Policy:
         """A folder that load_policy, and JanusForConditionalGeneration.from_pretrained, open. state: whole weights, where
         the model itself has only shards."""
         self.model.save_pretrained(folder, state_dict=state)
+        self.model.config.dtype = torch.float32  # it has noted the type of the first weight, which may be a frozen one's,
+        self.model.config.save_pretrained(folder)  # and from_pretrained would round all others to it
         self.processor.save_pretrained(folder)
         (Path(folder) / "reasoning.txt").write_text(self.reasoning + "\n", encoding="utf-8")
 
@@ -274,10 +283,16 @@ def recordable(policy):
 
 def record(step):
     """step() as a CUDA graph: the kernels that it starts are written down, then started again by one call. For a
-    token the GPU needs about a millisecond, Python 25 (a thousand kernels, one by one): it would wait for Python."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()  # nothing is computed yet
+    token the GPU needs about a millisecond, Python 25 (a thousand kernels, one by one): it would wait for Python.
+    One graph at a time: all of them are captured with the same workspace."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may talk to the GPU meanwhile
+            step()  # nothing is computed yet
+    except torch.AcceleratorError as problem:
+        torch.cuda.set_stream(stream)  # a capture that fails at its end stays on its own
+        tqdm.write(f"no CUDA graph, going on step by step: {str(problem).splitlines()[0]}")
+        return step
     return graph.replay
 
 
@@ -400,61 +415,6 @@ def pick(logits_NTV, ids_NT):
     return logits.gather(-1, ids_NT[..., None])[..., 0] - logits.logsumexp(-1)
 
 
-# --- any other painter: reference pictures for adversarial_reward.py -----------------------------
-
-
-def is_pipeline(name_or_path):
-    """Is this a text-to-image pipeline of diffusers, in a folder or on the hub?"""
-    if name_or_path == "tiny" or Path(name_or_path).is_dir():
-        return (Path(name_or_path) / "model_index.json").is_file()
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return bool(hf_hub_download(name_or_path, "model_index.json"))
-    except Exception:  # it has none, or there is no network: load_policy says what is wrong
-        return False
-
-
-def pipeline_painter(name_or_path, device, dtype, cfg_weight):
-    """A function (prompts, keys) -> (images, thoughts), as `painter` is for Janus. Each picture has a generator of
-    its own, seeded by its key, so that it does not depend on its batch. No remote code."""
-    from diffusers import DiffusionPipeline
-
-    pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=dtype).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    guidance = {} if cfg_weight is None else {"guidance_scale": cfg_weight}
-
-    def by_pipeline(prompts, keys):
-        images = pipeline(prompts, generator=[generator(key) for key in keys], **guidance).images
-        return images, [""] * len(prompts)
-
-    return by_pipeline
-
-
-def painter(cfg):
-    """The function (prompts, keys) -> (images, thoughts) of --model, and its guidance weight."""
-    if cfg.model.startswith("drawn-"):  # the tiny world's own pictures
-        import tiny  # lazily: nobody else has use for it here
-
-        style = cfg.model.removeprefix("drawn-")
-        if style not in tiny.STYLES:
-            usage_error(f"--model {cfg.model}: the tiny world is drawn in {', '.join(tiny.STYLES)}")
-        return lambda prompts, keys: ([tiny.reference(p, key, style) for p, key in zip(prompts, keys)],
-                                      [""] * len(prompts)), None
-    device, dtype = pick_device(cfg.device, cfg.dtype)
-    if is_pipeline(cfg.model):
-        return pipeline_painter(cfg.model, device, dtype, cfg.cfg_weight), cfg.cfg_weight
-    policy = load_policy(cfg.model, device, dtype)
-    policy.cuda_graph = cfg.cuda_graph
-    weight = default_cfg(policy) if cfg.cfg_weight is None else cfg.cfg_weight
-
-    def by_policy(prompts, keys):
-        rollouts = sample(policy, prompts, keys, cfg.cot, weight, cfg.max_thought)
-        return rollouts.images, rollouts.thoughts
-
-    return by_policy, weight
-
-
 # --- command line -----------------------------------------------------------------------------
 
 
@@ -488,13 +448,15 @@ def pick_device(device, dtype="auto"):
 
 
 def main(cfg):
+    import painters  # uphill, for once: it needs all of the above
+
     if bool(cfg.prompt) == bool(cfg.prompts):
         usage_error('give one prompt, python generate.py "a red circle", or a file, --prompts FILE')
     if cfg.num_images < 1 or cfg.batch_size < 1:
         usage_error(f"--num-images {cfg.num_images} --batch-size {cfg.batch_size}: both must be at least 1")
     rows = load_prompts(cfg.prompts) if cfg.prompts else [{"id": "0", "prompt": cfg.prompt, "tag": ""}]
     rows = rows[: cfg.limit or None]
-    paint_all, weight = painter(cfg)
+    paint_all, weight = painters.painter(cfg)
     root = Path(cfg.output_dir)
     manifest, entries = root / "manifest.jsonl", {}
     if manifest.exists():

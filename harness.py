@@ -94,13 +94,13 @@ def check(cfg, world):
 
 def load_policies(cfg, checkpoint, device, dtype):
     """(policy, reference): what is trained, and what it was. With LoRA the policy is its own reference: None."""
-    def load(name):
-        policy = generate.load_policy(str(name), device, dtype, cfg.train_image_head)
+    def load(name, where=device):
+        policy = generate.load_policy(str(name), where, dtype, cfg.train_image_head)
         policy.cuda_graph = cfg.cuda_graph
         return policy
 
     if cfg.lora_rank:
-        policy = scale.lighten(scale.add_lora(load(cfg.model), cfg.lora_rank, cfg.seed))
+        policy = scale.lighten(scale.add_lora(load(cfg.model, "cpu"), cfg.lora_rank, cfg.seed)).to(device)
         if checkpoint:
             policy.model.load_state_dict(torch.load(checkpoint / "lora.pt", weights_only=True, map_location="cpu"), strict=False)
         reference = None

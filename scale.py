@@ -78,10 +78,11 @@ def shard(policy):
 
 
 def lighten(policy):
-    """In place: frozen weights in the policy's dtype. They are rounded to it at every use anyway (under autocast anew for
-    each token), and it halves them. Trained ones stay float32, or small steps would be lost."""
-    for parameter in policy.model.parameters():
-        if not parameter.requires_grad:
+    """In place: frozen matrices in the policy's dtype. Autocast rounds them to it at every use anyway, anew for each token;
+    so nothing changes, and they are half as large. Trained ones stay float32, or small steps would be lost; so do norms and
+    the VQ model, which are used in float32 and are small."""
+    for name, parameter in policy.model.named_parameters():
+        if not parameter.requires_grad and parameter.dim() > 1 and "vqmodel" not in name:
             parameter.data = parameter.data.to(policy.dtype)
     return policy
 
@@ -159,7 +160,7 @@ def model_state(policy, keep=True):
     layers = lora_layers(policy)
     state = whole(policy.model.state_dict(), keep)
     for name, layer in layers.items():
-        state[f"{name}.base_layer.weight"] = layer.base_layer.weight + layer.get_delta_weight("default")
+        state[f"{name}.base_layer.weight"] = (layer.base_layer.weight + layer.get_delta_weight("default")).detach().cpu()
     return {name.replace(".base_layer", ""): value for name, value in state.items() if ".lora_" not in name}
 
 

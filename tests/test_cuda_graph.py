@@ -1,6 +1,9 @@
 """On a GPU one step of sampling is recorded and replayed. No GPU is needed to see whether the step can be: here every
 operation on tensors is written down, undone, and started again on the same memory, as a CUDA graph does."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,9 +49,9 @@ class Recording(TorchDispatchMode):
                     old.copy_(new)
 
 
-@pytest.mark.parametrize("cfg_weight", [1.0, 5.0])
-def test_a_recorded_step_paints_what_the_step_itself_paints(policy, monkeypatch, cfg_weight):
-    recorded = []
+@pytest.mark.parametrize("cfg_weight, dtype", [(1.0, "float32"), (5.0, "float32"), (1.0, "bfloat16")])
+def test_a_recorded_step_paints_what_the_step_itself_paints(policy, monkeypatch, cfg_weight, dtype):
+    recorded, policy = [], dataclasses.replace(policy, dtype=getattr(torch, dtype))
 
     def record(step):
         with Recording() as recording:
@@ -87,4 +90,7 @@ def test_a_step_that_counts_in_python_is_not_what_was_recorded():
 
 
 def test_only_whole_weights_on_a_gpu_are_recorded(policy):
-    assert not generate.recordable(policy)
+    on_gpu = dict(cuda_graph=True, device=torch.device("cuda"))
+    assert generate.recordable(SimpleNamespace(**on_gpu, model=object())) and not generate.recordable(policy)
+    assert not generate.recordable(SimpleNamespace(**on_gpu, model=SimpleNamespace(inside=len)))
+    assert not generate.recordable(SimpleNamespace(**on_gpu | {"cuda_graph": False}, model=object()))
