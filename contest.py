@@ -175,7 +175,8 @@ def contest_table(results):
         for name, (center, width) in columns.items():
             digits = 1 if name in ("KL", "minutes") else 3
             sign = "" if name in ("KL", "minutes") else "+"
-            row[name] = f"{center:{sign}.{digits}f}" + (f" ± {width:.{digits}f}" if math.isfinite(width) else "")
+            sure = math.isfinite(width) and name not in ("diversity", "KL", "minutes")
+            row[name] = f"{center:{sign}.{digits}f}" + (f" ± {width:.{digits}f}" if sure else "")
         # A ratio of means, only where the proxy did rise: a thousandth of nothing protects nothing.
         (proxy, width), (gold, _) = columns["hps"], columns["gold"]
         row["gold per hps"] = f"{gold / proxy:+.2f}" if proxy > (width if math.isfinite(width) else 0.02) else "-"
