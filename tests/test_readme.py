@@ -99,3 +99,10 @@ def test_the_readmes_example_of_a_reward_is_one(monkeypatch):
     blue, images = rewards.load("blue"), [Image.new("RGB", (8, 8), color) for color in ("blue", "white", "red")]
     scores = blue(["a star"] * 3, images)
     assert scores.dtype == torch.float32 and scores.tolist() == [1.0, 0.0, -0.5] and len(code.strip().splitlines()) <= 10
+
+
+def test_where_it_is_decided_is_where_the_readme_says():
+    places = re.findall(r"\| `(\w+\.py)` `(\w+)` \|", README)
+    named = {name: {node.name for node in ast.walk(ast.parse((ROOT / name).read_text())) if isinstance(node, ast.FunctionDef)}
+             for name, _ in places}
+    assert len(places) >= 12 and [place for place in places if place[1] not in named[place[0]]] == []
