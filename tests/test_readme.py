@@ -20,7 +20,8 @@ import rewards
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
-STAND_INS = {"$seed": "1", "$r": "hps", "$g": "cond", "RUN_A": "runs/a", "RUN_B": "runs/b", "FILE": "prompts/test.jsonl", "FOLDER": "outputs"}
+STAND_INS = {"$seed": "1", "$r": "hps", "$g": "cond", "RUN_A": "runs/a", "RUN_B": "runs/b", "FILE": "prompts/test.jsonl",
+             "FOLDER": "outputs"}
 
 
 def commands():
