@@ -234,19 +234,20 @@ def decode(policy, ids, mask, new_tokens, uniform, embed, head, eos=None):
     fewer columns if every row has met `eos`."""
     (rows, L), N, device = ids.shape, len(uniform), ids.device
     cache = StaticCache(config=policy.body.config, max_cache_len=L + new_tokens)
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    hidden = policy.body(
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def read(x, allowed, position):
+        """What comes after x: the last hidden states, (rows, D)."""
         # in policy.dtype, or the cache would be made for float32, and refuse what comes
-        inputs_embeds=policy.body.get_input_embeddings()(ids).to(policy.dtype),
-        attention_mask=causal(mask, L + new_tokens), position_ids=position, past_key_values=cache, use_cache=True,
-    ).last_hidden_state[:, -1]
+        return policy.body(inputs_embeds=x.to(policy.dtype), attention_mask=allowed, position_ids=position,
+                           past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
 
     # All that a step reads and writes stays where it is in memory, the number of the step too: so one step is like
     # another, and can be recorded.
     t = torch.zeros(1, dtype=torch.long, device=device)  # tokens drawn so far, less one
     tokens = torch.full((N, new_tokens), policy.tokenizer.pad_token_id, device=device)
     ended = torch.zeros(N, dtype=torch.bool, device=device)
-    position = position[:, -1:].clone()
+    position = positions[:, -1:].clone()
     allowed = torch.nn.functional.pad(mask, (0, new_tokens)).view(rows, 1, 1, -1)
 
     def choose(hidden):
@@ -261,12 +262,10 @@ def decode(policy, ids, mask, new_tokens, uniform, embed, head, eos=None):
         x = embed(tokens.index_select(1, t)[:, 0])
         allowed.index_fill_(3, t + L, True)
         position.add_(1)
-        hidden = policy.body(inputs_embeds=x.to(policy.dtype), attention_mask=allowed, position_ids=position,
-                             past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
         t.add_(1)
-        choose(hidden)
+        choose(read(x, allowed, position))
 
-    choose(hidden)
+    choose(read(policy.body.get_input_embeddings()(ids), causal(mask, L + new_tokens), positions))
     for drawn in range(1, new_tokens):
         if eos is not None and ended.all():
             return tokens[:, :drawn]
