@@ -23,6 +23,7 @@ no score: NaN. (The released code gives such a picture 1.0, a perfect score.)   
 import collections
 import itertools
 import math
+import os
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -191,7 +192,10 @@ class ServedJudge:
 
 def read_question(text):
     """A question, or the name of a file that holds one (apo.py writes such files); None stays None."""
-    return Path(text).read_text(encoding="utf-8").strip() if text and Path(text).is_file() else text
+    if text is None:
+        return None
+    question = Path(text).read_text(encoding="utf-8") if os.path.isfile(text) else text  # Path.is_file fails on a long one
+    return question.strip() or usage_error(f"--question {text!r}: is empty; ask what yes and no can answer")
 
 
 class ArtifactReward:

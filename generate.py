@@ -34,7 +34,7 @@ import torch
 import tyro
 from PIL import Image
 from tqdm import tqdm
-from transformers import JanusForConditionalGeneration, JanusProcessor, StaticCache
+from transformers import JanusForConditionalGeneration, JanusProcessor
 from transformers.utils import logging as transformers_logging
 
 import layouts
@@ -152,14 +152,13 @@ def without_prompt(policy, ids):
     return ids.masked_fill(~keep, policy.tokenizer.pad_token_id)
 
 
-def causal(mask_NL, length):
-    """Who sees whom, (N, 1, L, length): each token the real ones up to itself. Padding sees itself,
+def causal(mask_NL):
+    """Who sees whom, (N, 1, L, L): each token the real ones up to itself. Padding sees itself,
     because a softmax over nothing is NaN."""
     L = mask_NL.shape[1]
     past = torch.ones(L, L, dtype=torch.bool, device=mask_NL.device).tril()
     itself = torch.eye(L, dtype=torch.bool, device=mask_NL.device)
-    allowed = (past & mask_NL[:, None, :]) | itself
-    return torch.nn.functional.pad(allowed, (0, length - L))[:, None]
+    return ((past & mask_NL[:, None, :]) | itself)[:, None]
 
 
 # --- sampling ---------------------------------------------------------------------------------
@@ -228,19 +227,37 @@ def guide(logits, cfg_weight):
     return u + cfg_weight * (c - u)
 
 
+class Cache:
+    """The keys and values of all that was read, so that a token is read once: two tensors (rows, heads, length, width) a
+    layer, which stay where they are. `at`: where the next ones go, `end`: how far attention looks (a mask hides what is
+    not there yet)."""
+
+    def __init__(self, length):
+        self.length, self.layers = length, {}
+
+    def update(self, keys, values, layer):
+        """What transformers' attention calls: keep these, return those to look at."""
+        if layer not in self.layers:  # zeros, because even a masked NaN is one
+            self.layers[layer] = [x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in (keys, values)]
+        for kept, new in zip(self.layers[layer], (keys, values)):
+            kept.index_copy_(2, self.at, new)
+        return [kept[:, :, : self.end] for kept in self.layers[layer]]
+
+
 def decode(policy, ids, mask, new_tokens, uniform, embed, head, eos=None):
-    """The sampling loop of both heads: read the context once, then a token at a time with a static
+    """The sampling loop of both heads: read the context once, then a token at a time with a
     key-value cache. embed: (N,) ids -> (rows, 1, D); head: (rows, D) -> (N, V). Returns (N, new_tokens),
     fewer columns if every row has met `eos`."""
     (rows, L), N, device = ids.shape, len(uniform), ids.device
-    cache = StaticCache(config=policy.body.config, max_cache_len=L + new_tokens)
+    cache = Cache(L + new_tokens)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
 
-    def read(x, allowed, position):
+    def read(x, allowed, position, at):
         """What comes after x: the last hidden states, (rows, D)."""
+        cache.at = at
         # in policy.dtype, or the cache would be made for float32, and refuse what comes
-        return policy.body(inputs_embeds=x.to(policy.dtype), attention_mask=allowed, position_ids=position,
-                           past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        return policy.body(inputs_embeds=x.to(policy.dtype), attention_mask=allowed[..., : cache.end],
+                           position_ids=position, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
 
     # All that a step reads and writes stays where it is in memory, the number of the step too: so one step is like
     # another, and can be recorded.
@@ -260,18 +277,22 @@ def decode(policy, ids, mask, new_tokens, uniform, embed, head, eos=None):
     def step():
         """Feed the last token, draw the next."""
         x = embed(tokens.index_select(1, t)[:, 0])
-        allowed.index_fill_(3, t + L, True)
+        at = t + L
+        allowed.index_fill_(3, at, True)
         position.add_(1)
         t.add_(1)
-        choose(read(x, allowed, position))
+        choose(read(x, allowed, position, at))
 
-    choose(read(policy.body.get_input_embeddings()(ids), causal(mask, L + new_tokens), positions))
+    cache.end, block = L, -(-new_tokens // 4)
+    choose(read(policy.body.get_input_embeddings()(ids), causal(mask), positions, torch.arange(L, device=device)))
     for drawn in range(1, new_tokens):
         if eos is not None and ended.all():
             return tokens[:, :drawn]
-        if drawn == 3 and recordable(policy):  # by now every kernel is loaded, and autocast has its copies
-            step = record(step)
-        step()
+        if (drawn - 1) % block == 0:  # attention looks no further than the quarter that is being drawn
+            cache.end, proceed = cache.end + block, step
+        if (drawn - 1) % block == 2 and recordable(policy):  # kernels for this length are loaded, autocast has its copies
+            proceed = record(policy, step)
+        proceed()
     return tokens
 
 
@@ -280,7 +301,7 @@ def recordable(policy):
     return policy.cuda_graph and policy.device.type == "cuda" and not hasattr(policy.model, "inside")
 
 
-def record(step):
+def record(policy, step):
     """step() as a CUDA graph: the kernels that it starts are written down, then started again by one call. For a
     token the GPU needs about a millisecond, Python 25 (a thousand kernels, one by one): it would wait for Python.
     One graph at a time: all of them are captured with the same workspace."""
@@ -290,6 +311,7 @@ def record(step):
             step()  # nothing is computed yet
     except torch.AcceleratorError as problem:
         torch.cuda.set_stream(stream)  # a capture that fails at its end stays on its own
+        policy.cuda_graph = False
         tqdm.write(f"no CUDA graph, going on step by step: {str(problem).splitlines()[0]}")
         return step
     return graph.replay
@@ -335,7 +357,7 @@ def paint_tokens(policy, ids, mask, uniform, cfg_weight):
     if branches == 2:
         ids, mask = torch.cat([ids, without_prompt(policy, ids)]), mask.repeat(2, 1)
     def embed(token):
-        return policy.model.prepare_embeddings_for_image_generation(token.repeat(branches)[:, None])
+        return policy.model.prepare_embeddings_for_image_generation(token[:, None]).repeat(branches, 1, 1)
 
     def head(hidden):
         return guide(policy.model.model.generation_head(hidden).float(), cfg_weight)
@@ -403,8 +425,7 @@ def teach(policy, context, mask, continuation, continuation_mask=None):
         continuation_mask = torch.ones(continuation.shape[:2], dtype=torch.bool, device=x.device)
     mask = torch.cat([mask, continuation_mask[:, :-1]], 1)
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    out = policy.body(inputs_embeds=x.to(policy.dtype), attention_mask=causal(mask, x.shape[1]), position_ids=position,
-                      use_cache=False)
+    out = policy.body(inputs_embeds=x.to(policy.dtype), attention_mask=causal(mask), position_ids=position, use_cache=False)
     return out.last_hidden_state[:, -n:]
 
 

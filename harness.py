@@ -24,6 +24,7 @@ import generate
 import hacking
 import rewards as reward_models
 import scale
+from artifact_reward import read_question
 from files import HERE, usage_error
 from report import mean
 
@@ -48,6 +49,7 @@ def check(cfg, world):
     for name, value in PRESETS["tiny" if cfg.model == "tiny" else "real"].items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
+    cfg.question = read_question(cfg.question)  # config.json keeps what was asked, not where it stood
     weights, held_out = reward_models.parse(cfg.rewards), [*reward_models.parse(cfg.eval_rewards)]
     if not weights:
         usage_error("--rewards is empty; name at least one, such as hps,artifact")

@@ -14,6 +14,7 @@ Left out: remote code; a pipeline is loaded from safetensors by diffusers' own c
 from pathlib import Path
 
 import generate
+import scale
 import tiny
 from files import usage_error
 
@@ -56,7 +57,9 @@ def painter(cfg):
     device, dtype = generate.pick_device(cfg.device, cfg.dtype)
     if is_pipeline(cfg.model):
         return pipeline_painter(cfg.model, device, dtype, cfg.cfg_weight), cfg.cfg_weight
-    policy = generate.load_policy(cfg.model, device, dtype)
+    policy = generate.load_policy(cfg.model, "cpu", dtype)
+    policy.model.requires_grad_(False)  # nothing learns here, so all matrices may be rounded, before they move
+    policy = scale.lighten(policy).to(device)
     policy.cuda_graph = cfg.cuda_graph
     weight = generate.default_cfg(policy) if cfg.cfg_weight is None else cfg.cfg_weight
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 import artifact_reward
 import grpo
+import harness
 import rewards
 
 NAN = math.nan
@@ -164,6 +165,21 @@ def test_the_judge_sees_the_question_and_a_lossless_picture_and_not_the_prompt(s
     artifact_reward.ArtifactReward(judge_urls=[server()], question="Broken?")(["SECRET"], [Image.new("RGB", (8, 8))])
     sent = json.dumps(Judge.requests[-1])
     assert "SECRET" not in sent and "Broken?" in sent and "data:image/png;base64," in sent
+
+
+def test_a_question_is_a_text_of_any_length_or_a_file(tmp_path, capsys):
+    long, file = "Is anything broken? " * 40, tmp_path / "question.txt"
+    file.write_text("Any noise?\n")
+    assert artifact_reward.read_question(long) == long.strip()
+    assert artifact_reward.read_question(str(file)) == "Any noise?" and artifact_reward.read_question(None) is None
+    file.write_text("\n")
+    with pytest.raises(SystemExit):
+        artifact_reward.read_question(str(file))
+    assert "is empty" in capsys.readouterr().err
+    file.write_text("Any noise?\n")
+    cfg = grpo.Config(question=str(file))
+    harness.check(cfg, 1)
+    assert cfg.question == "Any noise?"  # so the run's config.json says what was asked
 
 
 def test_no_judge_at_the_address_is_said_before_anything_is_trained(capsys):
