@@ -42,6 +42,9 @@ from files import HERE, atomic, load_prompts, usage_error
 
 transformers_logging.set_verbosity_error()  # it would announce each fallback from torchvision to Pillow
 transformers_logging.disable_progress_bar()
+# On a Hopper GPU torch 2.13 would take cuDNN's attention, whose gradient is now and then NaN under a mask
+# (github.com/pytorch/pytorch/issues/196678) and which plans anew for every length; without a GPU this says nothing.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 # Shapes:  N rollouts   L context tokens (padded on the left)   C thought tokens   T image tokens
 #          V vocabulary
@@ -265,7 +268,9 @@ def decode(policy, ids, mask, new_tokens, uniform, embed, head, eos=None):
     tokens = torch.full((N, new_tokens), policy.tokenizer.pad_token_id, device=device)
     ended = torch.zeros(N, dtype=torch.bool, device=device)
     position = positions[:, -1:].clone()
-    allowed = torch.nn.functional.pad(mask, (0, new_tokens)).view(rows, 1, 1, -1)
+    allowed = torch.zeros(rows, 1, 1, cache.length, dtype=policy.dtype, device=device)  # added to the attention's logits
+    allowed[..., :L].masked_fill_(~mask[:, None, None], -torch.inf)
+    allowed[..., L:] = -torch.inf
 
     def choose(hidden):
         token = draw_token(head(hidden), uniform.index_select(1, t)[:, 0])
@@ -278,20 +283,21 @@ def decode(policy, ids, mask, new_tokens, uniform, embed, head, eos=None):
         """Feed the last token, draw the next."""
         x = embed(tokens.index_select(1, t)[:, 0])
         at = t + L
-        allowed.index_fill_(3, at, True)
+        allowed.index_fill_(3, at, 0.0)
         position.add_(1)
         t.add_(1)
         choose(read(x, allowed, position, at))
 
-    cache.end, block = L, -(-new_tokens // 4)
+    # Attention looks no further than the stretch that is being drawn. On a GPU each stretch is recorded anew.
+    cache.end, stretch = L, 144 if device.type == "cuda" else 8
     choose(read(policy.body.get_input_embeddings()(ids), causal(mask), positions, torch.arange(L, device=device)))
     for drawn in range(1, new_tokens):
         if eos is not None and ended.all():
             return tokens[:, :drawn]
-        if (drawn - 1) % block == 0:  # attention looks no further than the quarter that is being drawn
-            cache.end, proceed = cache.end + block, step
-        if (drawn - 1) % block == 2 and recordable(policy):  # kernels for this length are loaded, autocast has its copies
-            proceed = record(policy, step)
+        if (drawn - 1) % stretch == 0:
+            cache.end, proceed = cache.end + stretch, step
+        if (drawn - 1) % stretch == 2 and recordable(policy):  # kernels for this length are loaded, autocast has its copies
+            proceed = record(step)
         proceed()
     return tokens
 
@@ -301,19 +307,18 @@ def recordable(policy):
     return policy.cuda_graph and policy.device.type == "cuda" and not hasattr(policy.model, "inside")
 
 
-def record(policy, step):
+def record(step):
     """step() as a CUDA graph: the kernels that it starts are written down, then started again by one call. For a
     token the GPU needs about a millisecond, Python 25 (a thousand kernels, one by one): it would wait for Python.
-    One graph at a time: all of them are captured with the same workspace."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    One graph at a time, as all are captured with the same workspace; and while it lives no thread may leave an autocast
+    of its own: torch would free the rounded weights that the graph reads."""
+    graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may talk to the GPU meanwhile
             step()  # nothing is computed yet
     except torch.AcceleratorError as problem:
-        torch.cuda.set_stream(stream)  # a capture that fails at its end stays on its own
-        policy.cuda_graph = False
-        tqdm.write(f"no CUDA graph, going on step by step: {str(problem).splitlines()[0]}")
-        return step
+        usage_error(f"this GPU cannot record a step of sampling ({str(problem).splitlines()[0]}); --no-cuda-graph goes on "
+                    "without, more slowly")
     return graph.replay
 
 
