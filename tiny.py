@@ -13,7 +13,7 @@ the shape, colour, size and place that fit best, redraws the scene it believes i
 bleeding colours, two shapes melted into one. Gold is never trained on; it is the referee.
 
 Run:   python tiny.py                  trains every checkpoint under tiny/ again, from nothing
-                                       (stages: tiny_train.py; about 50 min on two cores, by adding them up)
+                                       (stages: tiny_train.py; two hours on two slow cores)
 
 You should see:  a progress bar per checkpoint, then a line per model saying what it is good for.
 
