@@ -235,8 +235,9 @@ class Cache:
     layer, which stay where they are. `at`: where the next ones go, `end`: how far attention looks (a mask hides what is
     not there yet)."""
 
-    def __init__(self, length):
-        self.length, self.layers = length, {}
+    def __init__(self, context, more, device):
+        self.length, self.layers = context + more, {}
+        self.at, self.end = torch.arange(context, device=device), context
 
     def update(self, keys, values, layer):
         """What transformers' attention calls: keep these, return those to look at."""
@@ -248,16 +249,14 @@ class Cache:
 
 
 def decode(policy, ids, mask, new_tokens, uniform, embed, head, eos=None):
-    """The sampling loop of both heads: read the context once, then a token at a time with a
-    key-value cache. embed: (N,) ids -> (rows, 1, D); head: (rows, D) -> (N, V). Returns (N, new_tokens),
-    fewer columns if every row has met `eos`."""
+    """The sampling loop of both heads: read the context once, then a token at a time with a key-value cache. embed: (N,) ids
+    -> (rows, 1, D); head: (rows, D) -> (N, V). Returns (N, new_tokens), fewer columns if every row has met `eos`."""
     (rows, L), N, device = ids.shape, len(uniform), ids.device
-    cache = Cache(L + new_tokens)
+    cache = Cache(L, new_tokens, device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
 
-    def read(x, allowed, position, at):
+    def read(x, allowed, position):
         """What comes after x: the last hidden states, (rows, D)."""
-        cache.at = at
         # in policy.dtype, or the cache would be made for float32, and refuse what comes
         return policy.body(inputs_embeds=x.to(policy.dtype), attention_mask=allowed[..., : cache.end],
                            position_ids=position, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
@@ -268,9 +267,8 @@ def decode(policy, ids, mask, new_tokens, uniform, embed, head, eos=None):
     tokens = torch.full((N, new_tokens), policy.tokenizer.pad_token_id, device=device)
     ended = torch.zeros(N, dtype=torch.bool, device=device)
     position = positions[:, -1:].clone()
-    allowed = torch.zeros(rows, 1, 1, cache.length, dtype=policy.dtype, device=device)  # added to the attention's logits
-    allowed[..., :L].masked_fill_(~mask[:, None, None], -torch.inf)
-    allowed[..., L:] = -torch.inf
+    allowed = torch.full((rows, 1, 1, cache.length), -torch.inf, dtype=policy.dtype, device=device)  # added to the logits
+    allowed[..., :L].masked_fill_(mask[:, None, None], 0.0)
 
     def choose(hidden):
         token = draw_token(head(hidden), uniform.index_select(1, t)[:, 0])
@@ -282,15 +280,15 @@ def decode(policy, ids, mask, new_tokens, uniform, embed, head, eos=None):
     def step():
         """Feed the last token, draw the next."""
         x = embed(tokens.index_select(1, t)[:, 0])
-        at = t + L
-        allowed.index_fill_(3, at, 0.0)
+        cache.at = t + L
+        allowed.index_fill_(3, cache.at, 0.0)
         position.add_(1)
         t.add_(1)
-        choose(read(x, allowed, position, at))
+        choose(read(x, allowed, position))
 
     # Attention looks no further than the stretch that is being drawn. On a GPU each stretch is recorded anew.
-    cache.end, stretch = L, 144 if device.type == "cuda" else 8
-    choose(read(policy.body.get_input_embeddings()(ids), causal(mask), positions, torch.arange(L, device=device)))
+    stretch = 144 if device.type == "cuda" else 8
+    choose(read(policy.body.get_input_embeddings()(ids), causal(mask), positions))
     for drawn in range(1, new_tokens):
         if eos is not None and ended.all():
             return tokens[:, :drawn]
