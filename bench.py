@@ -1,7 +1,7 @@
 """How fast, compared with what you would use instead? Side by side in one process, because machines differ and are noisy.
 
 Sampling, in image tokens a second:
-    ours            generate.sample: a cache of fixed size, one branch where the guidance weight is 1, no text head
+    ours            generate.sample: attention only to what is there, one branch where the guidance weight is 1, no text head
                     on a GPU: one step recorded and replayed (CUDA graph), and step by step
     transformers    JanusForConditionalGeneration.generate(generation_mode="image"), which always computes two branches
     plain loop      as T2I-R1 writes it (its algorithm, our words): a growing cache and a growing mask

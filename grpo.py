@@ -11,7 +11,7 @@ baseline. One advantage trains both the thought and the picture (BiCoT-GRPO, T2I
 The policy learns what the reward model *measures*, not what it was meant to measure. That gap is
 the subject: `--rewards` train, `--eval-rewards` are only watched, and nothing is ever both.
 
-Run:   torchrun grpo.py --rewards hps,artifact         the tiny world: about 8 minutes on two CPU cores
+Run:   torchrun grpo.py --rewards hps,artifact         the tiny world: about 9 minutes on two CPU cores
        torchrun grpo.py --rewards hps                  the same without the cure: watch gold fall
        python grpo.py --explain                        one step, told number by number
        torchrun --nproc-per-node 8 grpo.py --model deepseek-community/Janus-Pro-1B --judge-url http://HOST:8000/v1
