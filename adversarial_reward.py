@@ -39,9 +39,9 @@ import tyro
 from PIL import Image
 from transformers import Dinov2Model
 
-import tiny
-from files import read_jsonl, usage_error
-from hacking import cut_sheet, training_grid
+from tiny_world import world as tiny
+from training.files import read_jsonl, usage_error
+from evaluation.hacking import cut_sheet, training_grid
 
 # Shapes:  B pictures   P patches of each   D numbers a token
 

@@ -40,10 +40,10 @@ import numpy as np
 import tyro
 from PIL import Image
 
-import report
+from evaluation import pages as report
 from artifact_reward import ArtifactReward, ServedJudge, ask, picture_part, read_question
-from bandits import SELECT, Race, log_likelihoods
-from files import HERE, atomic, json_line, read_jsonl, usage_error
+from evaluation.best_arm import SELECT, Race, log_likelihoods
+from training.files import HERE, atomic, json_line, read_jsonl, usage_error
 from generate import pick_device
 
 LONGEST = 1200  # characters of a question; longer ones are essays, not questions
@@ -51,7 +51,7 @@ LONGEST = 1200  # characters of a question; longer ones are essays, not question
 
 @dataclass
 class Config:
-    data: str = str(HERE / "tiny" / "pairs")  # labelled pictures, see `load_examples`
+    data: str = str(HERE / "tiny_world" / "pairs")  # labelled pictures, see `load_examples`
     question: str = "Are there artifacts in this picture? Answer yes or no."  # the first one, or a file with it
     rounds: int = 4  # each expands and selects once; 6 in the paper's code
     beam: int = 4  # questions that survive a round
@@ -240,7 +240,7 @@ class ScriptedEditor:
     BESIDE_THE_POINT = ("bright colors", "small shapes", "round shapes", "an empty ground", "two shapes")
 
     def __init__(self):
-        from tiny_rewards import ASKING, FAULTS, ORDER  # what the tiny judge learned to read
+        from tiny_world.train_judge import ASKING, FAULTS, ORDER  # what the tiny judge learned to read
 
         self.frames, self.order = ASKING, ORDER
         self.phrases = [name for names in FAULTS.values() for name in names] + [*self.BESIDE_THE_POINT]
@@ -378,7 +378,7 @@ def load_judge(cfg):
     if cfg.judge_url or cfg.checkpoint == "none":
         judge = ArtifactReward(judge_urls=cfg.judge_url, judge_model=cfg.judge_model, question="-").judge
         return judge, judge.model
-    folder = HERE / "tiny" / "artifact" if cfg.checkpoint == "tiny" else Path(cfg.checkpoint)
+    folder = HERE / "tiny_world" / "checkpoints" / "artifact" if cfg.checkpoint == "tiny" else Path(cfg.checkpoint)
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*.safetensors")]
     judge = ArtifactReward(pick_device("auto")[0], str(folder), question="-").judge
     return judge, f"{cfg.checkpoint} {sorted(weights)}"

@@ -36,10 +36,10 @@ import torch
 import tyro
 from PIL import Image, ImageDraw
 
-import report
-from files import HERE, atomic, usage_error
+from evaluation import pages as report
+from training.files import HERE, atomic, usage_error
 from generate import pick_device
-from serving import data_url
+from reward_models.serving import data_url
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"  # where `vllm serve MODEL --port 8000` listens
 TOP = 20  # logprobs of the first token that are looked at; 20 is the most that servers give
@@ -277,7 +277,7 @@ class Config:
 
 
 def main(cfg):
-    local = str(HERE / "tiny" / "artifact") if cfg.checkpoint == "tiny" else cfg.checkpoint
+    local = str(HERE / "tiny_world" / "checkpoints" / "artifact") if cfg.checkpoint == "tiny" else cfg.checkpoint
     reward = ArtifactReward(
         pick_device("auto")[0], None if cfg.judge_url else local, cfg.judge_url, cfg.judge_model, cfg.question
     )

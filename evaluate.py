@@ -10,8 +10,8 @@ and a reward is tested on pairs, a clean and a broken picture of one prompt, bef
 
 Run:   python evaluate.py                                      the newest run: figure, table, report.html
        python evaluate.py runs/* --figure hacking.png          all of them, and a table over their seeds
-       python evaluate.py --images outputs --prompts tiny/prompts/test.jsonl --rewards hps,artifact
-       python evaluate.py --pairs tiny/pairs                   which reward notices what is broken?
+       python evaluate.py --images outputs --prompts tiny_world/prompts/test.jsonl --rewards hps,artifact
+       python evaluate.py --pairs tiny_world/pairs                   which reward notices what is broken?
        python evaluate.py --compare RUN_A RUN_B                paired differences, and the pictures
        python evaluate.py --summarize results.jsonl            GenEval's, WISE's, DPG's own result files
        python evaluate.py --images outputs --prompts wise.json --wise verified --judge-url URL
@@ -36,14 +36,14 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-import files
-import hacking
-import layouts
-import report
+from training import files
+from evaluation import hacking
+from evaluation import layouts
+from evaluation import pages as report
 import rewards as reward_models
-import wise
+from evaluation import wise
 from artifact_reward import DEFAULT_URL, ServedJudge
-from files import atomic, json_line, read_jsonl, usage_error
+from training.files import atomic, json_line, read_jsonl, usage_error
 from generate import pick_device
 
 # The paper's Table 2 (arXiv:2601.03468): accuracy on its 202 pairs.
@@ -59,7 +59,7 @@ class Config:
     prompts: str = ""  # their prompts, a file of any format
     rewards: str = "hps,artifact"  # what to score pictures and pairs with
     wise: Literal["", "legacy", "verified"] = ""  # judge the pictures by this protocol of WISE instead
-    pairs: str = ""  # a folder of pairs with test.jsonl, such as tiny/pairs
+    pairs: str = ""  # a folder of pairs with test.jsonl, such as tiny_world/pairs
     compare: tuple[str, str] | None = None  # two run folders, or two score files of --images
     summarize: str = ""  # a result file of an official scorer
     output: str = ""  # where the scores or the comparison go [beside the pictures; compare.html]

@@ -13,7 +13,7 @@ classifier-free guidance (w = 1: none). Before it paints, the model may think: a
 thought" (T2I-R1, arXiv:2505.00703) written by the text head, then appended to the prompt.
 
 Run:   python generate.py "a red circle left of a blue square"
-       python generate.py --prompts tiny/prompts/test.jsonl --num-images 4
+       python generate.py --prompts tiny_world/prompts/test.jsonl --num-images 4
        python generate.py --model deepseek-community/Janus-Pro-1B "a corgi reading a newspaper"
        python generate.py --model Qwen/Qwen-Image --prompts prompts/train.jsonl --output-dir references
 
@@ -37,8 +37,8 @@ from tqdm import tqdm
 from transformers import JanusForConditionalGeneration, JanusProcessor
 from transformers.utils import logging as transformers_logging
 
-import layouts
-from files import HERE, atomic, load_prompts, usage_error
+from evaluation import layouts
+from training.files import HERE, atomic, load_prompts, usage_error
 
 transformers_logging.set_verbosity_error()  # it would announce each fallback from torchvision to Pillow
 transformers_logging.disable_progress_bar()
@@ -101,7 +101,7 @@ def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_im
     The weights are float32 whatever `dtype` is: at a learning rate of 1e-6 a bfloat16 weight never
     moves (its spacing is 1/256 of its size). As in T2I-R1, only the language model is trained; the
     eyes, the codebook, the VQ model and the image head stay as they are."""
-    path = HERE / "tiny" / "policy" if name_or_path == "tiny" else Path(name_or_path)
+    path = HERE / "tiny_world" / "checkpoints" / "policy" if name_or_path == "tiny" else Path(name_or_path)
     where = path if path.is_dir() else name_or_path
     if path.is_dir() and (path / "config.json").is_file():
         kind = json.loads((path / "config.json").read_text()).get("model_type")
@@ -471,7 +471,7 @@ def pick_device(device, dtype="auto"):
 
 
 def main(cfg):
-    import painters  # uphill, for once: it needs all of the above
+    from tiny_world import draw as painters  # uphill, for once: it needs all of the above
 
     if bool(cfg.prompt) == bool(cfg.prompts):
         usage_error('give one prompt, python generate.py "a red circle", or a file, --prompts FILE')

@@ -34,10 +34,10 @@ import tyro
 from tqdm import tqdm
 
 import generate
-import hacking
-import harness
+from evaluation import hacking
+from training import harness
 import rewards as reward_models
-import scale
+from training import sharding as scale
 
 # Shapes:  P prompts   G rollouts of each   N = P*G rollouts   S = C+T tokens of a rollout
 
@@ -47,7 +47,7 @@ class Config:
     rewards: str = "hps,artifact"  # what trains the policy: name or name:weight, separated by commas
     eval_rewards: str | None = None  # held out: watched, never trained on [tiny: gold and its parts]
     model: str = "tiny"  # "tiny" makes every component tiny; or a folder or hub name of a Janus
-    prompts: str | None = None  # training prompts [tiny/prompts/train.jsonl or prompts/train.jsonl]
+    prompts: str | None = None  # training prompts [tiny_world/prompts/train.jsonl or prompts/train.jsonl]
     test_prompts: str | None = None  # prompts that only measure [.../test.jsonl]
 
     num_generations: int = 8  # G, rollouts of a prompt: the group
@@ -328,7 +328,7 @@ def best_of_n_pool(e):
 
 def main(cfg):
     if cfg.explain:
-        import explain  # uphill, for once: the same functions, talking
+        from studies import explain  # uphill, for once: the same functions, talking
 
         return explain.explain(cfg)
     e = harness.prepare(cfg)  # policy, reference, rewards, prompts, optimizer, run folder: `e` for experiment

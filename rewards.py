@@ -11,7 +11,7 @@ asked about nothing else. Several opinions become one number, or one verdict, in
 Run:   python rewards.py --list
        python rewards.py --list --verbose             also: the command that downloads or starts each
        python rewards.py score hps,stats outputs/00000/samples/*.png --prompt "a red star"
-       python rewards.py score hps,gold --images outputs --prompts tiny/prompts/test.jsonl
+       python rewards.py score hps,gold --images outputs --prompts tiny_world/prompts/test.jsonl
        python rewards.py serve hps --port 8100        then, elsewhere: --rewards hps@http://HOST:8100
 
 You should see:  a line per reward, with its range and what it needs; then a score per picture.
@@ -38,15 +38,15 @@ import tyro
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-import report
+from evaluation import pages as report
 from adversarial_reward import Adversarial, AdversarialPickScore
-from alignment_rewards import GIT, GDino
+from reward_models.grounding_dino import GIT, GDino
 from artifact_reward import ArtifactReward
-from files import HERE, usage_error
+from training.files import HERE, usage_error
 from generate import pick_device
-from maniqa import ManiqaReward
-from serving import Elsewhere, serve
-from vlm_rewards import ORM, Unified, VQAScore
+from reward_models.maniqa import ManiqaReward
+from reward_models.serving import Elsewhere, serve
+from reward_models.llava import ORM, Unified, VQAScore
 
 # --- on a CLIP: what people prefer -------------------------------------------------------------
 
@@ -383,13 +383,13 @@ class Entropy(Statistic):
 
 class DeQA:
     """DeQA-Score (arXiv:2501.11561): a model of 8 B parameters that grades photographs, 1 to 5, without the prompt. Its
-    code needs transformers 4.36 and cannot live in this process; servers/deqa.py runs it, in an environment of its own."""
+    code needs transformers 4.36 and cannot live in this process; reward_models/deqa_server.py runs it, in an environment of its own."""
 
     range = (1.0, 5.0)
     needs = ("server",)
     checkpoint = "zhiyuanyou/DeQA-Score-Mix3"
     reference = "DeQA-Score, arXiv:2501.11561"
-    how = "see the first lines of servers/deqa.py; then deqa@http://127.0.0.1:8101"
+    how = "see the first lines of reward_models/deqa_server.py; then deqa@http://127.0.0.1:8101"
 
     def __init__(self, device="cpu", checkpoint=None):
         usage_error(f"deqa works in an environment of its own, {self.how}")
@@ -409,7 +409,7 @@ class Gold:
     part = staticmethod(lambda aligned, clean: aligned * clean)
 
     def __init__(self, device="cpu", checkpoint=None):
-        import tiny  # lazily: whoever trains Janus-Pro has no use for it
+        from tiny_world import world as tiny  # lazily: whoever trains Janus-Pro has no use for it
 
         self.world = tiny
 
@@ -479,7 +479,7 @@ def load(name, device="cpu", checkpoint=None, url=None, **options):
     if url:
         return Elsewhere(name, url)
     if checkpoint == "tiny":
-        checkpoint = HERE / "tiny" / getattr(REWARDS[name], "folder", name)
+        checkpoint = HERE / "tiny_world" / "checkpoints" / getattr(REWARDS[name], "folder", name)
         if REWARDS[name].checkpoint and not checkpoint.is_dir():
             usage_error(f"{name} has no tiny checkpoint; take the published one (a --model other than tiny)")
     return REWARDS[name](device=device, checkpoint=checkpoint, **options)

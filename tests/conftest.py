@@ -22,7 +22,7 @@ def policy():
 
 @pytest.fixture(scope="session")
 def test_prompts():
-    return generate.load_prompts(generate.HERE / "tiny/prompts/test.jsonl")
+    return generate.load_prompts(generate.HERE / "tiny_world/prompts/test.jsonl")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 import adversarial_reward
 import generate
 import rewards
-import tiny
+from tiny_world import world as tiny
 
 PROMPTS = ["a red star", "two blue circles", "a green square above a purple cross", "a cyan triangle"] * 4
 CLEAN = [tiny.reference(prompt, f"another {i}") for i, prompt in enumerate(PROMPTS)]
@@ -99,7 +99,7 @@ def test_the_same_pictures_get_the_same_scores_alone_and_together(adversary):
 def test_what_it_has_learned_survives_a_checkpoint(adversary, tmp_path):
     adversary.learn(PROMPTS, BROKEN)
     torch.save(adversary.state_dict(), tmp_path / "state.pt")
-    again = type(adversary)(checkpoint=str(generate.HERE / "tiny" / adversary.folder), steps=8)
+    again = type(adversary)(checkpoint=str(generate.HERE / "tiny_world/checkpoints" / adversary.folder), steps=8)
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert again.learn(PROMPTS, CLEAN) == adversary.learn(PROMPTS, CLEAN)
     assert torch.equal(again(PROMPTS, BROKEN), adversary(PROMPTS, BROKEN))
@@ -159,7 +159,7 @@ def test_references_come_from_any_pipeline_of_diffusers(tmp_path):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(generate.HERE / "tiny" / "hps")
+    tokenizer = CLIPTokenizer.from_pretrained(generate.HERE / "tiny_world" / "checkpoints" / "hps")
     text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                           num_attention_heads=2, max_position_embeddings=24, projection_dim=32,
                           bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 
-import alignment_rewards as ours
+from reward_models import grounding_dino as ours
 
 LEFT, RIGHT, TOP, BOTTOM = (0, 0.4, 0.2, 0.6), (0.8, 0.4, 1, 0.6), (0.4, 0, 0.6, 0.2), (0.4, 0.8, 0.6, 1)
 

@@ -10,9 +10,9 @@ import tyro
 from PIL import Image
 
 import apo
-import bandits
+from evaluation import best_arm as bandits
 
-PAIRS = apo.HERE / "tiny" / "pairs"
+PAIRS = apo.HERE / "tiny_world" / "pairs"
 PLAIN = "Are there artifacts in this picture? Answer yes or no."
 
 

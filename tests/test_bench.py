@@ -2,7 +2,7 @@
 
 import torch
 
-import bench
+from studies import bench
 import generate
 
 
@@ -28,7 +28,7 @@ def test_tables_have_a_row_for_each_contender(policy):
 
 
 def test_the_roofline_of_janus_pro_1b_is_that_of_a_pocket_calculator():
-    import scale
+    from training import sharding as scale
 
     model = scale.meta_model(scale.janus_config("Janus-Pro-1B"))
     policy = type("P", (), dict(model=model, body=model.model.language_model, grid=24))

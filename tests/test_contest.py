@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-import contest
+from studies import contest
 import grpo
-import harness
+from training import harness
 import rewards
 
 

@@ -16,13 +16,13 @@ import tyro
 from PIL import Image
 
 import evaluate
-import files
+from training import files
 import generate
-import hacking
-import layouts
-import report
+from evaluation import hacking
+from evaluation import layouts
+from evaluation import pages as report
 import rewards
-import wise
+from evaluation import wise
 
 ROOT = evaluate.files.HERE
 TEXTS = ["a red circle", "two blue stars", "a cross above a square"]
@@ -289,7 +289,7 @@ def test_a_tie_is_half_right():
 
 
 def test_the_papers_table_for_the_tiny_rewards(capsys):
-    run("--pairs", ROOT / "tiny/pairs")
+    run("--pairs", ROOT / "tiny_world/pairs")
     table = list(csv.reader(io.StringIO(capsys.readouterr().out), delimiter="|"))
     accuracy = {row[1].strip(): float(row[6]) for row in table if row[1].strip() in rewards.REWARDS}
     assert accuracy["hps"] < 0.62 and accuracy["artifact"] > 0.8

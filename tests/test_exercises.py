@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import artifact_reward
-import bandits
-import exercises
+from evaluation import best_arm as bandits
+from studies import exercises
 import generate
 import grpo
 import rewards

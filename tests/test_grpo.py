@@ -14,13 +14,13 @@ import pytest
 import torch
 import tyro
 
-import explain
-import files
+from studies import explain
+from training import files
 import generate
 import grpo
-import hacking
-import harness
-import report
+from evaluation import hacking
+from training import harness
+from evaluation import pages as report
 
 ROOT = Path(grpo.__file__).parent
 NAN = float("nan")

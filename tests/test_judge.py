@@ -13,7 +13,7 @@ from PIL import Image
 
 import artifact_reward
 import grpo
-import harness
+from training import harness
 import rewards
 
 NAN = math.nan

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-import maniqa
+from reward_models import maniqa
 import rewards
 
 DATA = rewards.HERE / "tests" / "data"

@@ -14,7 +14,7 @@ import tyro
 from cogapp import Cog
 from PIL import Image
 
-import citations
+from studies import citations
 import rewards
 
 ROOT = Path(__file__).parents[1]

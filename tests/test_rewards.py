@@ -19,9 +19,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import artifact_reward
 import generate
 import grpo
-import harness
+from training import harness
 import rewards
-import serving
+from reward_models import serving
 
 NAN = math.nan
 
@@ -247,13 +247,13 @@ def test_nobody_at_the_address_is_said_at_once(capsys):
 def test_deqa_lives_in_an_environment_of_its_own(tmp_path, capsys):
     with pytest.raises(SystemExit):
         rewards.load("deqa")
-    assert "servers/deqa.py" in capsys.readouterr().err
+    assert "reward_models/deqa_server.py" in capsys.readouterr().err
     # Its server, with a stand-in for the package of that environment: what is tested is the way there and back.
     (tmp_path / "src").mkdir()
     (tmp_path / "src/__init__.py").write_text(
         "import torch\nclass Scorer:\n    def __init__(self, pretrained, device): pass\n"
         "    def __call__(self, images): return torch.tensor([image.width / 8 for image in images]).half()\n")
-    server = subprocess.Popen([sys.executable, "servers/deqa.py", "--port", "0"], cwd=rewards.HERE, text=True,
+    server = subprocess.Popen([sys.executable, "reward_models/deqa_server.py", "--port", "0"], cwd=rewards.HERE, text=True,
                               stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     try:
         url = re.search(r"http://[\d.:]+", server.stdout.readline())[0]
@@ -273,7 +273,7 @@ def test_addresses_and_weights_do_not_get_mixed_up():
 
 
 def pairs(split="test"):
-    folder = generate.HERE / "tiny/pairs"
+    folder = generate.HERE / "tiny_world/pairs"
     rows = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
     return (
         [r["prompt"] for r in rows],
@@ -296,7 +296,7 @@ def test_hps_is_nearly_blind_to_artifacts_and_the_judge_is_not(hps, artifact):
 def test_the_judge_answers_the_question_it_is_asked(artifact):
     import random
 
-    import tiny
+    from tiny_world import world as tiny
 
     rng = random.Random(0)
     scenes = [tiny.sample_scene([("circle", None), ("square", None)], None, rng) for _ in range(48)]
@@ -365,5 +365,5 @@ def test_rewards_on_a_clip_compute_what_open_clip_computed(name, original):
 
 def test_a_reward_that_learns_cannot_score_before_it_has_learned(capsys):
     with pytest.raises(SystemExit):
-        rewards.main(rewards.Config("score", "adversarial", ("tiny/pairs/test/0000_clean.png",)))
+        rewards.main(rewards.Config("score", "adversarial", ("tiny_world/pairs/test/0000_clean.png",)))
     assert "beside a policy" in capsys.readouterr().err

@@ -7,8 +7,8 @@ import torch
 
 import generate
 import grpo
-import harness
-import scale
+from training import harness
+from training import sharding as scale
 
 
 def rollouts_of(policy, cfg):
@@ -131,7 +131,7 @@ def test_the_plan_counts_the_parameters_of_the_published_models():
 
 
 def test_the_plan_of_the_tiny_policy_counts_what_is_there(policy):
-    count, gigabytes = scale.plan(scale.janus_config("tiny/policy"), 1, 128, 64, False, 64, False, 0, False)
+    count, gigabytes = scale.plan(scale.janus_config("tiny_world/checkpoints/policy"), 1, 128, 64, False, 64, False, 0, False)
     assert count["total"] == sum(p.numel() for p in policy.model.parameters())
     assert count["trained"] == sum(p.numel() for p in grpo.trainable(policy))
     cache = 2 * 4 * 128 * 2 * 128 * (80 + 64 + 64)  # keys and values, 4 layers of 128 numbers, 2 bytes, 208 tokens

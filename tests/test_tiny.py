@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import generate
-import tiny
+from tiny_world import world as tiny
 
 ROWS = tiny.prompt_rows("train", 30)
 PROMPTS = [row["prompt"] for row in ROWS]

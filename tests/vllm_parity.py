@@ -33,13 +33,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import artifact_reward  # noqa: E402
-from files import read_jsonl  # noqa: E402
+from training.files import read_jsonl  # noqa: E402
 
 
 @dataclass
 class Config:
     python: str  # the interpreter of an environment with vLLM
-    checkpoint: str = str(ROOT / "tiny" / "artifact")
+    checkpoint: str = str(ROOT / "tiny_world" / "checkpoints" / "artifact")
     port: int = 8000
     patience: int = 300  # seconds until the server must be ready
 
@@ -60,10 +60,10 @@ def main(cfg):
                     sys.exit("the server did not start; its own output is above")
                 time.sleep(1)
         print(f"ready after {time.time() - start:.0f} s")
-        folder = ROOT / "tiny" / "pairs"
+        folder = ROOT / "tiny_world" / "pairs"
         rows = read_jsonl(folder / "test.jsonl")[:32]
         images = [Image.open(folder / row[side]).convert("RGB") for row in rows for side in ("clean", "broken")]
-        question = (ROOT / "tiny" / "artifact" / "artifact.txt").read_text().strip()
+        question = (ROOT / "tiny_world" / "checkpoints" / "artifact" / "artifact.txt").read_text().strip()
         scores = {}
         for name, judge in (("in-process", artifact_reward.LocalJudge(cfg.checkpoint, "cpu")),
                             ("served", artifact_reward.ServedJudge([f"{url}/v1"]))):

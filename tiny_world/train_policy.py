@@ -35,12 +35,12 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 import apo
 import evaluate
 import generate
-import report
+from evaluation import pages as report
 import rewards
-import tiny
-from files import atomic
-from tiny_dino import train_dino
-from tiny_rewards import bpe_tokenizer, train_judge, train_preference
+from tiny_world import world as tiny
+from training.files import atomic
+from tiny_world.train_dino import train_dino
+from tiny_world.train_judge import bpe_tokenizer, train_judge, train_preference
 
 VQ_CONFIG = dict(embed_dim=8, num_embeddings=256, latent_channels=64, base_channels=32, channel_multiplier=[1, 1, 2],
                  num_res_blocks=1, num_patches=8)

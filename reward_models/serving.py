@@ -23,7 +23,7 @@ import requests
 import torch
 from PIL import Image
 
-from files import usage_error
+from training.files import usage_error
 
 # --- the one who asks -----------------------------------------------------------------------------
 

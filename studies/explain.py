@@ -24,10 +24,10 @@ from PIL import Image
 
 import generate
 import grpo
-import harness
-import report
+from training import harness
+from evaluation import pages as report
 import rewards as reward_models
-from files import atomic, checkpoints, usage_error
+from training.files import atomic, checkpoints, usage_error
 
 
 def one_step(cfg, group=0):

@@ -8,7 +8,7 @@ Its code is of 2023 and pins transformers 4.36.1, so it has an environment of it
 
     git clone https://github.com/zhiyuanyou/DeQA-Score && git -C DeQA-Score checkout 8e4abc8
     python3.10 -m venv deqa && deqa/bin/pip install ./DeQA-Score requests
-    PYTHONPATH=DeQA-Score deqa/bin/python servers/deqa.py --port 8101             16 GB of GPU memory
+    PYTHONPATH=DeQA-Score deqa/bin/python reward_models/deqa_server.py --port 8101             16 GB of GPU memory
     torchrun grpo.py --rewards hps,deqa@http://127.0.0.1:8101                     elsewhere
 
 The released ArtifactReward code scores one picture at a time; here eight. Not run by us: the weights, 16 GB, were not
@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from serving import serve
+from reward_models.serving import serve
 
 
 class DeQA:

@@ -33,7 +33,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import artifact_reward
 import rewards
-import tiny
+from tiny_world import world as tiny
 
 
 def bpe_tokenizer(texts, specials, vocab_size=512):

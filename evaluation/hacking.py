@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-import report
-from files import atomic, read_jsonl, usage_error
-from report import interval, mean
-from tiny import CLEAN_ENOUGH
+from evaluation import pages as report
+from training.files import atomic, read_jsonl, usage_error
+from evaluation.pages import interval, mean
+from tiny_world.world import CLEAN_ENOUGH
 
 STRIP = 12  # pictures in the strip of fixed prompts
 COLUMNS = 16  # pictures in a row of a sheet

@@ -19,19 +19,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import files
+from training import files
 import generate
-import hacking
+from evaluation import hacking
 import rewards as reward_models
-import scale
+from training import sharding as scale
 from artifact_reward import read_question
-from files import HERE, usage_error
-from report import mean
+from training.files import HERE, usage_error
+from evaluation.pages import mean
 
 # What "[tiny: ...; else ...]" in grpo.py's flags stands for.
 PRESETS = {
-    "tiny": dict(eval_rewards="gold,gold-clean,gold-aligned", prompts=str(HERE / "tiny/prompts/train.jsonl"),
-                 test_prompts=str(HERE / "tiny/prompts/test.jsonl"), max_steps=100, learning_rate=1e-4, beta=0.02),
+    "tiny": dict(eval_rewards="gold,gold-clean,gold-aligned", prompts=str(HERE / "tiny_world/prompts/train.jsonl"),
+                 test_prompts=str(HERE / "tiny_world/prompts/test.jsonl"), max_steps=100, learning_rate=1e-4, beta=0.02),
     "real": dict(eval_rewards="", prompts=str(HERE / "prompts/train.jsonl"),
                  test_prompts=str(HERE / "prompts/test.jsonl"), max_steps=1600, learning_rate=1e-6, beta=0.01),
 }

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import usage_error
+from training.files import usage_error
 
 # Shapes:  B crops   N places (28 x 28)   C channels   W windows of w x w places
 

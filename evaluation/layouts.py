@@ -21,8 +21,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from files import atomic, read_jsonl, usage_error
-from report import mean
+from training.files import atomic, read_jsonl, usage_error
+from evaluation.pages import mean
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 EXPORTS = ("t2i-compbench", "wise", "dpg", "hpdv2")

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import nn
 
 from artifact_reward import ServedJudge, picture_part
-from files import HERE, usage_error
+from training.files import HERE, usage_error
 
 # Shapes:  B pictures   S tokens   D numbers a token
 

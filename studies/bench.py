@@ -26,11 +26,11 @@ from transformers import DynamicCache, JanusForConditionalGeneration
 
 import generate
 import grpo
-import harness
-import report
+from training import harness
+from evaluation import pages as report
 import rewards
-import scale
-from files import HERE
+from training import sharding as scale
+from training.files import HERE
 
 
 @dataclass
@@ -226,7 +226,7 @@ def main(cfg):
         policy = generate.Policy(model, tiny.processor, tiny.reasoning, dtype)
     else:
         policy = generate.load_policy(cfg.model, device, dtype)
-    rows = generate.load_prompts(HERE / "tiny/prompts/train.jsonl")
+    rows = generate.load_prompts(HERE / "tiny_world/prompts/train.jsonl")
     prompts = [row["prompt"] for row in (rows * (1 + cfg.pictures // len(rows)))[: cfg.pictures]]
     print("\n".join(report.markdown(sampling_table(policy, prompts, cfg.repeats, cfg.bandwidth))) + "\n")
     if cfg.model == "tiny":

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import JanusConfig, JanusForConditionalGeneration
 
-from files import HERE, usage_error
+from training.files import HERE, usage_error
 
 # --- several processes -----------------------------------------------------------------------------
 
@@ -247,7 +247,7 @@ def plan(config, world, painted, micro_batch, guided, thought, sharded, lora_ran
 def print_plan(cfg, world):
     """--dry-run: what would happen, and whether it fits."""
     try:
-        config = janus_config(HERE / "tiny" / "policy" if cfg.model == "tiny" else cfg.model)
+        config = janus_config(HERE / "tiny_world" / "checkpoints" / "policy" if cfg.model == "tiny" else cfg.model)
     except OSError:
         usage_error(f"--dry-run --model {cfg.model}: no configuration to be had; give a folder, or one of "
                     f"{', '.join(JANUS_PRO)}")

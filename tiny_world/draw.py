@@ -3,7 +3,7 @@
 `generate.py --model ...` makes folders of pictures with each of them. Pictures of others are what adversarial_reward.py
 takes as references. Each picture has its own noise, seeded by its key, so none depends on its batch.
 
-Run:   python generate.py --model drawn-plain --prompts tiny/prompts/train.jsonl
+Run:   python generate.py --model drawn-plain --prompts tiny_world/prompts/train.jsonl
        python generate.py --model Qwen/Qwen-Image --prompts prompts/train.jsonl --output-dir references
 
 You should see:  GenEval's folders, one a prompt.
@@ -14,9 +14,9 @@ Left out: remote code; a pipeline is loaded from safetensors by diffusers' own c
 from pathlib import Path
 
 import generate
-import scale
-import tiny
-from files import usage_error
+from training import sharding as scale
+from tiny_world import world as tiny
+from training.files import usage_error
 
 
 def is_pipeline(name_or_path):

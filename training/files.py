@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import transformers
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 def usage_error(message):

@@ -17,8 +17,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from files import HERE
-from report import markdown
+from training.files import HERE
+from evaluation.pages import markdown
 
 TITLES = {
     "2601.03468": "Understanding Reward Hacking in T2I RL (ArtifactReward)", "2505.00703": "T2I-R1, BiCoT-GRPO",

@@ -444,6 +444,6 @@ def gold(prompts, images):
 if __name__ == "__main__":
     import tyro
 
-    import tiny_train  # here and not above: whoever only measures needs no training code
+    from tiny_world import train_policy as tiny_train  # here and not above: whoever only measures needs no training code
 
     tiny_train.main(tyro.cli(tiny_train.Config, description=__doc__))

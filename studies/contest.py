@@ -36,10 +36,10 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-import hacking
-import report
-from files import HERE, atomic, read_jsonl
-from report import interval, mean
+from evaluation import hacking
+from evaluation import pages as report
+from training.files import HERE, atomic, read_jsonl
+from evaluation.pages import interval, mean
 
 PLAIN = "Are there artifacts in this picture? Answer yes or no."
 BUDGET = "--max-steps 50 --eval-steps 10 --save-steps 25 --save-total-limit 1 --best-of 0"
