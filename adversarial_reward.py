@@ -39,9 +39,9 @@ import tyro
 from PIL import Image
 from transformers import Dinov2Model
 
+from evaluation.hacking import cut_sheet, training_grid
 from tiny_world import world as tiny
 from training.files import read_jsonl, usage_error
-from evaluation.hacking import cut_sheet, training_grid
 
 # Shapes:  B pictures   P patches of each   D numbers a token
 
@@ -64,8 +64,10 @@ class References:
             return
         path = Path(where) / "manifest.jsonl" if Path(where).is_dir() else Path(where)
         if not path.is_file():
-            usage_error(f"--references {where}: neither a file nor a folder with a manifest.jsonl; make one with "
-                        "`python generate.py --prompts FILE --model PIPELINE --output-dir FOLDER`")
+            usage_error(
+                f"--references {where}: neither a file nor a folder with a manifest.jsonl; make one with "
+                "`python generate.py --prompts FILE --model PIPELINE --output-dir FOLDER`"
+            )
         try:
             listed = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError:  # more than one line: a manifest
@@ -76,7 +78,9 @@ class References:
             pairs = [(row.get("prompt"), row.get("path")) for row in read_jsonl(path)]
         for prompt, name in pairs:
             if not (isinstance(prompt, str) and isinstance(name, str)):
-                usage_error(f"{path}: every line needs a prompt and a path, as generate.py writes them")
+                usage_error(
+                    f"{path}: every line needs a prompt and a path, as generate.py writes them"
+                )
             self.files.setdefault(prompt.strip(), []).append(path.parent / name)
 
     def check(self, prompts):
@@ -88,10 +92,14 @@ class References:
                 except ValueError as problem:
                     usage_error(f"{problem}; for other prompts give --references FOLDER")
                 continue
-            missing = [name for name in self.files.get(prompt, ["not listed"]) if not Path(name).is_file()]
+            missing = [
+                name for name in self.files.get(prompt, ["not listed"]) if not Path(name).is_file()
+            ]
             if missing:
-                usage_error(f"--references {self.where}: a picture of {prompt!r} is missing ({missing[0]}); "
-                            "generate.py makes what is missing")
+                usage_error(
+                    f"--references {self.where}: a picture of {prompt!r} is missing ({missing[0]}); "
+                    "generate.py makes what is missing"
+                )
 
     def pick(self, prompt, rng):
         if self.where is not None:
@@ -114,11 +122,15 @@ class Adversarial:
     reference = "Adv-GRPO, arXiv:2511.20256"
     folder = "dino"  # of the tiny checkpoint
 
-    def __init__(self, device="cpu", checkpoint=None, references=None, steps=4, when="always", seed=0):
+    def __init__(
+        self, device="cpu", checkpoint=None, references=None, steps=4, when="always", seed=0
+    ):
         """steps: of the discriminator for each of the policy's. when: "always", or "beaten": only while the
         policy's pictures score higher than the references on average, the released rule for PickScore."""
         if references is None and checkpoint is None:
-            usage_error(f"{self.reference}: this reward compares with reference pictures; give --references FOLDER")
+            usage_error(
+                f"{self.reference}: this reward compares with reference pictures; give --references FOLDER"
+            )
         self.device, self.steps, self.when, self.seed, self.learned = device, steps, when, seed, 0
         self.references = References(references)
         self.past = []  # [(prompt, picture)], the latest last
@@ -127,10 +139,14 @@ class Adversarial:
     def build(self, folder):
         self.eyes = Dinov2Model.from_pretrained(folder).eval().requires_grad_(False).to(self.device)
         self.size, width = self.eyes.config.image_size, self.eyes.config.hidden_size
-        with torch.random.fork_rng(devices=[]):  # its beginnings depend on the seed alone, on every process
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # its beginnings depend on the seed alone, on every process
             torch.manual_seed(self.seed)
             # One head for the class token and the patches, as released.
-            self.head = torch.nn.Sequential(torch.nn.Linear(width, 512), torch.nn.GELU(), torch.nn.Linear(512, 1))
+            self.head = torch.nn.Sequential(
+                torch.nn.Linear(width, 512), torch.nn.GELU(), torch.nn.Linear(512, 1)
+            )
         self.head.to(self.device)
         # The first moment is short (beta .5): the target moves. lr: the released 1e-4 came with nine steps of D,
         # each on new pictures, for one of the policy; with four on the same pictures it has to be faster.
@@ -144,10 +160,16 @@ class Adversarial:
         """(B, 1 + P, D) float32: the class token, then the patches, after DINOv2's last LayerNorm. D is trained on
         these and asked about these. (Released: trained on them raw, asked about them scaled to length 1.)"""
         # Images are squeezed to a square, as released.
-        squares = [image.convert("RGB").resize((self.size, self.size), Image.BICUBIC) for image in images]
-        data = torch.stack([torch.frombuffer(bytearray(s.tobytes()), dtype=torch.uint8) for s in squares])
+        squares = [
+            image.convert("RGB").resize((self.size, self.size), Image.BICUBIC) for image in images
+        ]
+        data = torch.stack(
+            [torch.frombuffer(bytearray(s.tobytes()), dtype=torch.uint8) for s in squares]
+        )
         data = data.view(-1, self.size, self.size, 3) / 255
-        data = ((data - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)).permute(0, 3, 1, 2)
+        data = ((data - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)).permute(
+            0, 3, 1, 2
+        )
         with torch.autocast("cuda", torch.bfloat16, enabled=str(self.device).startswith("cuda")):
             return self.eyes(data.to(self.device)).last_hidden_state.float()
 
@@ -166,7 +188,10 @@ class Adversarial:
 
     @torch.no_grad()
     def __call__(self, prompts, images, metadata=None):
-        scores = [self.judge(prompts[i : i + 64], images[i : i + 64])[0] for i in range(0, len(images), 64)]
+        scores = [
+            self.judge(prompts[i : i + 64], images[i : i + 64])[0]
+            for i in range(0, len(images), 64)
+        ]
         return torch.cat(scores).float().cpu()
 
     def learn(self, prompts, images):
@@ -179,8 +204,12 @@ class Adversarial:
         rng = random.Random(f"{self.seed} {self.learned}")
         real = self([*prompts], [self.references.pick(prompt, rng) for prompt in prompts])
         fake = self(prompts, images)
-        metrics = {"accuracy": (real > fake).float().mean().item(), "margin": (real - fake).mean().item(),
-                   "reference": real.mean().item(), "generated": fake.mean().item()}
+        metrics = {
+            "accuracy": (real > fake).float().mean().item(),
+            "margin": (real - fake).mean().item(),
+            "reference": real.mean().item(),
+            "generated": fake.mean().item(),
+        }
         new = list(zip(prompts, images))
         updates = self.steps if self.when == "always" or metrics["margin"] < 0 else 0
         for _ in range(updates):
@@ -198,17 +227,25 @@ class Adversarial:
     def state_dict(self):
         """Tensors, numbers and texts only, so that it opens with weights_only=True."""
         prompts, images = zip(*self.past) if self.past else ((), ())
-        return {"weights": [p.detach().cpu().clone() for p in self.parameters()], "learned": self.learned,
-                "optimizer": self.optimizer.state_dict(), "prompts": list(prompts),
-                "sizes": [list(image.size) for image in images],
-                "images": [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in images]}
+        return {
+            "weights": [p.detach().cpu().clone() for p in self.parameters()],
+            "learned": self.learned,
+            "optimizer": self.optimizer.state_dict(),
+            "prompts": list(prompts),
+            "sizes": [list(image.size) for image in images],
+            "images": [
+                torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in images
+            ],
+        }
 
     def load_state_dict(self, state):
         for parameter, value in zip(self.parameters(), state["weights"], strict=True):
             parameter.data.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
-        images = [Image.frombytes("RGB", size, data.numpy().tobytes())
-                  for size, data in zip(state["sizes"], state["images"])]
+        images = [
+            Image.frombytes("RGB", size, data.numpy().tobytes())
+            for size, data in zip(state["sizes"], state["images"])
+        ]
         self.past, self.learned = list(zip(state["prompts"], images)), state["learned"]
 
 
@@ -228,7 +265,9 @@ class AdversarialPickScore(Adversarial):
         self.scorer = PickScore(self.device, folder)
         for layer in self.scorer.model.vision_model.encoder.layers[-self.layers :]:
             layer.requires_grad_(True)
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=5e-6 if folder == self.checkpoint else 1e-4)
+        self.optimizer = torch.optim.Adam(
+            self.parameters(), lr=5e-6 if folder == self.checkpoint else 1e-4
+        )
 
     def parameters(self):
         return [p for p in self.scorer.model.parameters() if p.requires_grad]
@@ -247,7 +286,9 @@ class AdversarialPickScore(Adversarial):
 
 @dataclass
 class Config:
-    run: Annotated[str, tyro.conf.Positional]  # a run folder, trained with --references in another style
+    run: Annotated[
+        str, tyro.conf.Positional
+    ]  # a run folder, trained with --references in another style
     figure: str = "docs/style.png"  # the fixed prompts, before and after
 
 
@@ -261,11 +302,15 @@ def main(cfg):
     for name in ("first", "last"):
         pictures = cut_sheet(run / "tests" / f"{name}.png", n)
         found, _ = tiny.explain(pictures)
-        painted = np.mean([(abs(np.asarray(picture) - tiny.GROUND).max(-1) > 40).mean() for picture in pictures])
+        painted = np.mean(
+            [(abs(np.asarray(picture) - tiny.GROUND).max(-1) > 40).mean() for picture in pictures]
+        )
         colors = [thing.color for things in found for thing in things]
         share = sum(color in tiny.COOL for color in colors) / len(colors)
-        print(f"{name} test: {share:.3f} of {len(colors)} objects are {', '.join(tiny.COOL)}; {painted:.3f} of the pixels are "
-              "painted")
+        print(
+            f"{name} test: {share:.3f} of {len(colors)} objects are {', '.join(tiny.COOL)}; {painted:.3f} of the pixels are "
+            "painted"
+        )
     training_grid(run, cfg.figure, rows=2)
 
 

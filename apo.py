@@ -40,11 +40,11 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from evaluation import pages as report
 from artifact_reward import ArtifactReward, ServedJudge, ask, picture_part, read_question
+from evaluation import pages as report
 from evaluation.best_arm import SELECT, Race, log_likelihoods
-from training.files import HERE, atomic, json_line, read_jsonl, usage_error
 from generate import pick_device
+from training.files import HERE, atomic, json_line, read_jsonl, usage_error
 
 LONGEST = 1200  # characters of a question; longer ones are essays, not questions
 
@@ -52,7 +52,9 @@ LONGEST = 1200  # characters of a question; longer ones are essays, not question
 @dataclass
 class Config:
     data: str = str(HERE / "tiny_world" / "pairs")  # labelled pictures, see `load_examples`
-    question: str = "Are there artifacts in this picture? Answer yes or no."  # the first one, or a file with it
+    question: str = (
+        "Are there artifacts in this picture? Answer yes or no."  # the first one, or a file with it
+    )
     rounds: int = 4  # each expands and selects once; 6 in the paper's code
     beam: int = 4  # questions that survive a round
     minibatch: int = 60  # pictures among which mistakes are looked for
@@ -61,10 +63,14 @@ class Config:
     max_expansion: int = 5  # new questions of each old one that are tried
     # how the beam is chosen; several: one after the other, to compare (bandits.py)
     select: tuple[Literal["full", "ucb", "successive-rejects", "successive-halving"], ...] = (
-        "full", "successive-rejects")
+        "full",
+        "successive-rejects",
+    )
     budget: float = 0.35  # judge calls of a round, as a share of what "full" would ask
     seeds: tuple[int, ...] = (0, 1, 2)  # one search each
-    checkpoint: str = "tiny"  # in-process judge: "tiny", a folder or hub name, or "none": ask --judge-url
+    checkpoint: str = (
+        "tiny"  # in-process judge: "tiny", a folder or hub name, or "none": ask --judge-url
+    )
     judge_url: tuple[str, ...] = ()  # judge server(s)
     judge_model: str | None = None  # the served model's name [the first that is served]
     writer_url: str | None = None  # who writes questions [the judge; tiny: a scripted editor]
@@ -85,38 +91,64 @@ def load_examples(path):
     What comes in one piece is split by prompt, 5 : 2 : 3. Wrong input: exit code 2."""
     path = Path(path)
     if (path / "train.jsonl").is_file():
-        splits = {name: read_labels(path / f"{name}.jsonl") for name in ("train", "validation", "test")}
+        splits = {
+            name: read_labels(path / f"{name}.jsonl") for name in ("train", "validation", "test")
+        }
     elif path.is_file() or (path / "clean").is_dir():
-        examples = read_labels(path) if path.is_file() else [
-            {"path": file, "prompt": file.stem.split("__")[0], "broken": kind == "broken"}
-            for kind in ("clean", "broken") for file in sorted((path / kind).glob("*.*"))]
+        examples = (
+            read_labels(path)
+            if path.is_file()
+            else [
+                {"path": file, "prompt": file.stem.split("__")[0], "broken": kind == "broken"}
+                for kind in ("clean", "broken")
+                for file in sorted((path / kind).glob("*.*"))
+            ]
+        )
         splits = {"train": [], "validation": [], "test": []}
         for example in examples:
             place = zlib.crc32(example["prompt"].encode()) % 10
             splits["train" if place < 5 else "validation" if place < 7 else "test"].append(example)
     else:
-        usage_error(f"--data {path}: neither train.jsonl, nor a JSONL file, nor clean/ and broken/ in it")
+        usage_error(
+            f"--data {path}: neither train.jsonl, nor a JSONL file, nor clean/ and broken/ in it"
+        )
     for name, examples in splits.items():
         if {example["broken"] for example in examples} != {True, False}:
-            usage_error(f"--data {path}: the {name} split needs clean pictures and broken ones; it has "
-                        f"{len(examples)} pictures, and not both kinds")
+            usage_error(
+                f"--data {path}: the {name} split needs clean pictures and broken ones; it has "
+                f"{len(examples)} pictures, and not both kinds"
+            )
     for a, b in (("train", "test"), ("validation", "test"), ("train", "validation")):
         shared = {e["prompt"] for e in splits[a]} & {e["prompt"] for e in splits[b]}
         if shared:
-            usage_error(f"--data {path}: {len(shared)} prompts are in {a} and in {b}, such as {min(shared)!r}; "
-                        "what is optimised on cannot be reported on, split by prompt")
+            usage_error(
+                f"--data {path}: {len(shared)} prompts are in {a} and in {b}, such as {min(shared)!r}; "
+                "what is optimised on cannot be reported on, split by prompt"
+            )
     return splits
 
 
 def read_labels(path):
     examples = []
     for number, row in enumerate(read_jsonl(path), 1):
-        sides = [("clean", False), ("broken", True)] if "clean" in row else [("path", bool(row.get("label")))]
+        sides = (
+            [("clean", False), ("broken", True)]
+            if "clean" in row
+            else [("path", bool(row.get("label")))]
+        )
         for field, broken in sides:
             if field not in row or not (path.parent / row[field]).is_file():
-                usage_error(f"{path}, line {number}: no picture {row.get(field)!r}; a line needs clean and "
-                            "broken, or path and label; files lie relative to it")
-            examples.append({"path": path.parent / row[field], "prompt": row.get("prompt", ""), "broken": broken})
+                usage_error(
+                    f"{path}, line {number}: no picture {row.get(field)!r}; a line needs clean and "
+                    "broken, or path and label; files lie relative to it"
+                )
+            examples.append(
+                {
+                    "path": path.parent / row[field],
+                    "prompt": row.get("prompt", ""),
+                    "broken": broken,
+                }
+            )
     return examples
 
 
@@ -127,9 +159,13 @@ class Answers:
 
     def __init__(self, path, judge, name):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(path, isolation_level=None)  # each answer is kept as soon as it is given
+        self.db = sqlite3.connect(
+            path, isolation_level=None
+        )  # each answer is kept as soon as it is given
         self.judge, self.name = judge, name
-        self.db.execute("PRAGMA synchronous = OFF")  # a killed process loses nothing; only a power cut could
+        self.db.execute(
+            "PRAGMA synchronous = OFF"
+        )  # a killed process loses nothing; only a power cut could
         self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT)")
         self.used, self.asked, self.pictures = set(), 0, {}
 
@@ -137,10 +173,16 @@ class Answers:
         """P(broken) for each example, (N,); NaN where the judge gave no answer, which is not remembered."""
         keys = [f"{self.name}\n{question}\n{self.digest(example)}" for example in examples]
         self.used.update(keys)
-        missing = [i for key, i in dict(zip(keys, range(len(keys)))).items() if self.recall(key) is None]
+        missing = [
+            i for key, i in dict(zip(keys, range(len(keys)))).items() if self.recall(key) is None
+        ]
         if missing:
             self.asked += len(missing)
-            scores = ask(self.judge, question, [Image.open(examples[i]["path"]).convert("RGB") for i in missing])
+            scores = ask(
+                self.judge,
+                question,
+                [Image.open(examples[i]["path"]).convert("RGB") for i in missing],
+            )
             for i, score in zip(missing, scores):
                 if math.isfinite(score):
                     self.remember(keys[i], repr(1 - score))
@@ -148,7 +190,9 @@ class Answers:
 
     def digest(self, example):
         if example["path"] not in self.pictures:
-            self.pictures[example["path"]] = hashlib.sha256(example["path"].read_bytes()).hexdigest()
+            self.pictures[example["path"]] = hashlib.sha256(
+                example["path"].read_bytes()
+            ).hexdigest()
         return self.pictures[example["path"]]
 
     def recall(self, key):
@@ -177,11 +221,14 @@ def measures(p_broken, examples):
 
     bins = np.minimum((p * 10).astype(int), 9)
     distance = sum(abs(p[bins == b].sum() - y[bins == b].sum()) for b in range(10)) / max(len(p), 1)
-    return {"accuracy": float(((p > 0.5) == y).sum() / len(broken)),
-            "pairs": above(prompts[y][:, None] == prompts[~y][None]),
-            "auroc": above(np.ones((y.sum(), (~y).sum()), bool)),
-            "log-likelihood": float(log_likelihoods(p_broken, broken).mean()),
-            "calibration error": float(distance), "unanswered": float((~known).mean())}
+    return {
+        "accuracy": float(((p > 0.5) == y).sum() / len(broken)),
+        "pairs": above(prompts[y][:, None] == prompts[~y][None]),
+        "auroc": above(np.ones((y.sum(), (~y).sum()), bool)),
+        "log-likelihood": float(log_likelihoods(p_broken, broken).mean()),
+        "calibration error": float(distance),
+        "unanswered": float((~known).mean()),
+    }
 
 
 def with_intervals(p_broken, examples):
@@ -191,7 +238,10 @@ def with_intervals(p_broken, examples):
         return list(measures(p_broken[pick], [examples[i] for i in pick]).values())
 
     low, high = report.bootstrap(values, [example["prompt"] for example in examples], draws=200)
-    return {name: (value, low[i], high[i]) for i, (name, value) in enumerate(measures(p_broken, examples).items())}
+    return {
+        name: (value, low[i], high[i])
+        for i, (name, value) in enumerate(measures(p_broken, examples).items())
+    }
 
 
 # --- who writes: reasons, rewrites, paraphrases ---------------------------------------------------
@@ -216,37 +266,65 @@ class Writer:
         return said.strip().strip('"').strip()
 
     def reason(self, question, mistakes, rng):
-        shown = "\n".join(f"Picture {i}: it is {'broken' if e['broken'] else 'not broken'}; the answer gave "
-                          f"{p:.0%} for broken." for i, (e, p) in enumerate(mistakes, 1))
-        return self.write("A vision model is asked this question about pictures, to find those with artifacts, "
-                          f"that is, faults of construction:\n\n{question}\n\nAbout these pictures it was wrong.\n"
-                          f"{shown}\n\nIn two or three sentences: what about the question led it astray?",
-                          mistakes, rng)
+        shown = "\n".join(
+            f"Picture {i}: it is {'broken' if e['broken'] else 'not broken'}; the answer gave "
+            f"{p:.0%} for broken."
+            for i, (e, p) in enumerate(mistakes, 1)
+        )
+        return self.write(
+            "A vision model is asked this question about pictures, to find those with artifacts, "
+            f"that is, faults of construction:\n\n{question}\n\nAbout these pictures it was wrong.\n"
+            f"{shown}\n\nIn two or three sentences: what about the question led it astray?",
+            mistakes,
+            rng,
+        )
 
     def rewrite(self, question, reason, mistakes, rng):
-        return self.write(f"A vision model is asked this question about pictures:\n\n{question}\n\nIt led to "
-                          f"mistakes. The reason given was: {reason}\n\nWrite a better question. It must ask for "
-                          "the answer yes (faults) or no (none). Write the question only.", mistakes, rng)
+        return self.write(
+            f"A vision model is asked this question about pictures:\n\n{question}\n\nIt led to "
+            f"mistakes. The reason given was: {reason}\n\nWrite a better question. It must ask for "
+            "the answer yes (faults) or no (none). Write the question only.",
+            mistakes,
+            rng,
+        )
 
     def paraphrase(self, question, rng):
-        return self.write("Say this in other words, with the same meaning, keeping that the answer is yes or "
-                          f"no. Write the new text only.\n\n{question}", [], rng)
+        return self.write(
+            "Say this in other words, with the same meaning, keeping that the answer is yes or "
+            f"no. Write the new text only.\n\n{question}",
+            [],
+            rng,
+        )
 
 
 class ScriptedEditor:
     """Stands in for the writer in the tiny world. It knows phrases, some of them beside the point, but not
     which matter; it sees whether the mistakes are misses or false alarms, and adds, drops or swaps one."""
 
-    BESIDE_THE_POINT = ("bright colors", "small shapes", "round shapes", "an empty ground", "two shapes")
+    BESIDE_THE_POINT = (
+        "bright colors",
+        "small shapes",
+        "round shapes",
+        "an empty ground",
+        "two shapes",
+    )
 
     def __init__(self):
-        from tiny_world.train_judge import ASKING, FAULTS, ORDER  # what the tiny judge learned to read
+        from tiny_world.train_judge import (
+            ASKING,
+            FAULTS,
+            ORDER,
+        )  # what the tiny judge learned to read
 
         self.frames, self.order = ASKING, ORDER
-        self.phrases = [name for names in FAULTS.values() for name in names] + [*self.BESIDE_THE_POINT]
+        self.phrases = [name for names in FAULTS.values() for name in names] + [
+            *self.BESIDE_THE_POINT
+        ]
 
     def parse(self, question):
-        frame = next((f for f in self.frames if question.startswith(f.split("{}")[0])), self.frames[0])
+        frame = next(
+            (f for f in self.frames if question.startswith(f.split("{}")[0])), self.frames[0]
+        )
         return frame, [phrase for phrase in self.phrases if phrase in question]
 
     def compose(self, frame, phrases):
@@ -255,7 +333,9 @@ class ScriptedEditor:
 
     def reason(self, question, mistakes, rng):
         misses = sum(example["broken"] for example, _ in mistakes)
-        return "it overlooks faults" if 2 * misses >= len(mistakes) else "it suspects whole pictures"
+        return (
+            "it overlooks faults" if 2 * misses >= len(mistakes) else "it suspects whole pictures"
+        )
 
     def rewrite(self, question, reason, mistakes, rng):
         frame, phrases = self.parse(question)
@@ -270,7 +350,11 @@ class ScriptedEditor:
 
     def paraphrase(self, question, rng):
         _, phrases = self.parse(question)
-        return self.compose(rng.choice(self.frames), rng.sample(phrases, len(phrases))) if phrases else question
+        return (
+            self.compose(rng.choice(self.frames), rng.sample(phrases, len(phrases)))
+            if phrases
+            else question
+        )
 
 
 def refusal(question):
@@ -316,26 +400,40 @@ def optimize(first, data, answers, editor, how, seed, cfg):
         batch = rng.sample(train, min(cfg.minibatch, len(train)))
         for question in list(beam):
             for text, reason in expand(question, batch, answers, editor, cfg, rng, refused):
-                tree.setdefault(text, {"round": number, "question": text, "parent": question, "reason": reason})
-        race = Race([*beam, *(q for q, node in tree.items() if node["round"] == number and q not in beam)],
-                    train, answers)
+                tree.setdefault(
+                    text, {"round": number, "question": text, "parent": question, "reason": reason}
+                )
+        race = Race(
+            [*beam, *(q for q, node in tree.items() if node["round"] == number and q not in beam)],
+            train,
+            answers,
+        )
         beam = SELECT[how](race, cfg.beam, cfg.budget * len(race.scores) * len(train))
         for question, scores in race.scores.items():
             tree[question] |= {"log-likelihood": float(scores.mean()), "pictures": len(scores)}
-        rounds.append(with_intervals(answers(beam[0], data["validation"]), data["validation"])
-                      | {"round": number, "question": beam[0], "candidates": len(race.scores)})
-        print(f"  round {number}: validation accuracy {rounds[-1]['accuracy'][0]:.3f}, "
-              f"{len(answers.used)} judge calls  {beam[0]}", flush=True)
+        rounds.append(
+            with_intervals(answers(beam[0], data["validation"]), data["validation"])
+            | {"round": number, "question": beam[0], "candidates": len(race.scores)}
+        )
+        print(
+            f"  round {number}: validation accuracy {rounds[-1]['accuracy'][0]:.3f}, "
+            f"{len(answers.used)} judge calls  {beam[0]}",
+            flush=True,
+        )
     # The beam's best on training pictures was chosen on them: let fresh ones decide.
     labels = np.array([example["broken"] for example in data["validation"]])
-    best = max([*beam, first], key=lambda q: log_likelihoods(answers(q, data["validation"]), labels).mean())
+    best = max(
+        [*beam, first], key=lambda q: log_likelihoods(answers(q, data["validation"]), labels).mean()
+    )
     return best, list(tree.values()), rounds, refused
 
 
 def main(cfg):
     first = read_question(cfg.question)
     if refusal(first):
-        usage_error(f"--question {first[:60]!r}: {refusal(first)}; the judge is read by its first word")
+        usage_error(
+            f"--question {first[:60]!r}: {refusal(first)}; the judge is read by its first word"
+        )
     data, out = load_examples(cfg.data), Path(cfg.output_dir)
     judge, name = load_judge(cfg)
     scripted = cfg.checkpoint == "tiny" and not (cfg.judge_url or cfg.writer_url)
@@ -346,7 +444,9 @@ def main(cfg):
     elif isinstance(judge, ServedJudge):
         writer = judge  # as in the paper: the model that answers also thinks about the question
     else:
-        usage_error("a judge in this process answers yes or no, it does not write: give --writer-url as well")
+        usage_error(
+            "a judge in this process answers yes or no, it does not write: give --writer-url as well"
+        )
     results = []
     for seed in cfg.seeds:
         for how in cfg.select:
@@ -355,31 +455,63 @@ def main(cfg):
             editor = ScriptedEditor() if scripted else Writer(writer, answers)
             best, tree, rounds, refused = optimize(first, data, answers, editor, how, seed, cfg)
             calls, asked = len(answers.used), answers.asked
-            tested = {q: answers(q, data["test"]) for q in (first, best)}  # the one time that test is opened
-            result = {"select": how, "seed": seed, "calls": calls, "asked": asked, "refused": refused,
-                      "question": best, **compare(tested[first], tested[best], data["test"])}
+            tested = {
+                q: answers(q, data["test"]) for q in (first, best)
+            }  # the one time that test is opened
+            result = {
+                "select": how,
+                "seed": seed,
+                "calls": calls,
+                "asked": asked,
+                "refused": refused,
+                "question": best,
+                **compare(tested[first], tested[best], data["test"]),
+            }
             save(out / f"{how}_seed{seed}", result, tree, rounds, tested[best], data["test"], first)
             results.append(result)
-    for line in report.markdown([{name: shown(value) for name, value in result.items()
-                                  if name not in ("refused", "question", "asked")} for result in results]):
+    for line in report.markdown(
+        [
+            {
+                name: shown(value)
+                for name, value in result.items()
+                if name not in ("refused", "question", "asked")
+            }
+            for result in results
+        ]
+    ):
         print(line)
     for how in cfg.select:
         mine = [result for result in results if result["select"] == how]
         for measure in ("accuracy", "pairs"):
-            gain, width = report.interval([r[f"{measure} after"][0] - r[f"{measure} before"][0] for r in mine])
-            print(f"{how}: {measure} {gain:+.3f} ± {width:.3f} over {len(mine)} seeds, "
-                  f"{sum(r['calls'] for r in mine) / len(mine):.0f} judge calls a search")
-    print(f"the questions, their histories and a page each are in {out}/*/; train with one of them by "
-          f"torchrun grpo.py --question {out}/{cfg.select[-1]}_seed{cfg.seeds[0]}/question.txt")
+            gain, width = report.interval(
+                [r[f"{measure} after"][0] - r[f"{measure} before"][0] for r in mine]
+            )
+            print(
+                f"{how}: {measure} {gain:+.3f} ± {width:.3f} over {len(mine)} seeds, "
+                f"{sum(r['calls'] for r in mine) / len(mine):.0f} judge calls a search"
+            )
+    print(
+        f"the questions, their histories and a page each are in {out}/*/; train with one of them by "
+        f"torchrun grpo.py --question {out}/{cfg.select[-1]}_seed{cfg.seeds[0]}/question.txt"
+    )
 
 
 def load_judge(cfg):
     """(judge, a name that changes with its weights, for the memory)."""
     if cfg.judge_url or cfg.checkpoint == "none":
-        judge = ArtifactReward(judge_urls=cfg.judge_url, judge_model=cfg.judge_model, question="-").judge
+        judge = ArtifactReward(
+            judge_urls=cfg.judge_url, judge_model=cfg.judge_model, question="-"
+        ).judge
         return judge, judge.model
-    folder = HERE / "tiny_world" / "checkpoints" / "artifact" if cfg.checkpoint == "tiny" else Path(cfg.checkpoint)
-    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*.safetensors")]
+    folder = (
+        HERE / "tiny_world" / "checkpoints" / "artifact"
+        if cfg.checkpoint == "tiny"
+        else Path(cfg.checkpoint)
+    )
+    weights = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in folder.glob("*.safetensors")
+    ]
     judge = ArtifactReward(pick_device("auto")[0], str(folder), question="-").judge
     return judge, f"{cfg.checkpoint} {sorted(weights)}"
 
@@ -391,15 +523,22 @@ def compare(before, after, examples):
     """The measures of two questions on the same pictures, with intervals, and the gain in accuracy with its
     own: paired, for a picture that is hard for one is hard for the other."""
     first, last = with_intervals(before, examples), with_intervals(after, examples)
-    rows = {f"{name} {when}": values[name] for name in ("accuracy", "pairs", "auroc", "calibration error")
-            for when, values in (("before", first), ("after", last))}
+    rows = {
+        f"{name} {when}": values[name]
+        for name in ("accuracy", "pairs", "auroc", "calibration error")
+        for when, values in (("before", first), ("after", last))
+    }
 
     def gain(pick):
         chosen = [examples[i] for i in pick]
-        return measures(after[pick], chosen)["accuracy"] - measures(before[pick], chosen)["accuracy"]
+        return (
+            measures(after[pick], chosen)["accuracy"] - measures(before[pick], chosen)["accuracy"]
+        )
 
     everything = np.arange(len(examples))
-    return rows | {"gain": (gain(everything), *report.bootstrap(gain, [e["prompt"] for e in examples], 200))}
+    return rows | {
+        "gain": (gain(everything), *report.bootstrap(gain, [e["prompt"] for e in examples], 200))
+    }
 
 
 def shown(value):
@@ -416,29 +555,61 @@ def save(folder, result, tree, rounds, p_broken, examples, first):
         json.dump(result | {"rounds": rounds}, file, indent=2)
     story, before = [], first
     for line in rounds:
-        numbers = ", ".join(f"{name} {shown(value)}" for name, value in line.items() if isinstance(value, tuple))
-        story.append(f"<p><b>Round {line['round']}</b>, {line['candidates']} candidates; validation: {numbers}<br>"
-                     f"{report.word_diff(before, line['question'])}</p>")
+        numbers = ", ".join(
+            f"{name} {shown(value)}" for name, value in line.items() if isinstance(value, tuple)
+        )
+        story.append(
+            f"<p><b>Round {line['round']}</b>, {line['candidates']} candidates; validation: {numbers}<br>"
+            f"{report.word_diff(before, line['question'])}</p>"
+        )
         before = line["question"]
     said, broken = p_broken > 0.5, np.array([example["broken"] for example in examples])
     known = np.isfinite(p_broken)
-    confusion = [{"test pictures": truth, "called clean": int((~said & known & mask).sum()),
-                  "called broken": int((said & mask).sum()), "no answer": int((~known & mask).sum())}
-                 for truth, mask in (("clean", ~broken), ("broken", broken))]
-    wrong = sorted((i for i in range(len(examples)) if known[i] and said[i] != broken[i]),
-                   key=lambda i: -abs(p_broken[i] - broken[i]))[:40]
-    mistakes = [{"picture": Image.open(examples[i]["path"]), "prompt": examples[i]["prompt"],
-                 "it is": "broken" if broken[i] else "clean", "P(broken)": float(p_broken[i])} for i in wrong]
+    confusion = [
+        {
+            "test pictures": truth,
+            "called clean": int((~said & known & mask).sum()),
+            "called broken": int((said & mask).sum()),
+            "no answer": int((~known & mask).sum()),
+        }
+        for truth, mask in (("clean", ~broken), ("broken", broken))
+    ]
+    wrong = sorted(
+        (i for i in range(len(examples)) if known[i] and said[i] != broken[i]),
+        key=lambda i: -abs(p_broken[i] - broken[i]),
+    )[:40]
+    mistakes = [
+        {
+            "picture": Image.open(examples[i]["path"]),
+            "prompt": examples[i]["prompt"],
+            "it is": "broken" if broken[i] else "clean",
+            "P(broken)": float(p_broken[i]),
+        }
+        for i in wrong
+    ]
     scored = sorted(tree, key=lambda node: -node.get("log-likelihood", -math.inf))
-    body = ("<h2>Test split, opened once</h2>"
-            + report.table([{"measure": name, "value [95 %]": shown(value)}
-                            for name, value in result.items() if isinstance(value, tuple)])
-            + "<h2>Round by round, by the best question</h2>" + "\n".join(story)
-            + "<h2>Confusion</h2>" + report.table(confusion)
-            + "<h2>Still judged wrongly, worst first</h2>" + report.table(mistakes)
-            + "<h2>Every question that was tried</h2>" + report.table(scored))
+    body = (
+        "<h2>Test split, opened once</h2>"
+        + report.table(
+            [
+                {"measure": name, "value [95 %]": shown(value)}
+                for name, value in result.items()
+                if isinstance(value, tuple)
+            ]
+        )
+        + "<h2>Round by round, by the best question</h2>"
+        + "\n".join(story)
+        + "<h2>Confusion</h2>"
+        + report.table(confusion)
+        + "<h2>Still judged wrongly, worst first</h2>"
+        + report.table(mistakes)
+        + "<h2>Every question that was tried</h2>"
+        + report.table(scored)
+    )
     with atomic(folder / "report.html") as file:
-        file.write(report.page(f"{result['select']}, seed {result['seed']}: {result['question']}", body))
+        file.write(
+            report.page(f"{result['select']}, seed {result['seed']}: {result['question']}", body)
+        )
 
 
 if __name__ == "__main__":

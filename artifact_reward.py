@@ -37,9 +37,9 @@ import tyro
 from PIL import Image, ImageDraw
 
 from evaluation import pages as report
-from training.files import HERE, atomic, usage_error
 from generate import pick_device
 from reward_models.serving import data_url
+from training.files import HERE, atomic, usage_error
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"  # where `vllm serve MODEL --port 8000` listens
 TOP = 20  # logprobs of the first token that are looked at; 20 is the most that servers give
@@ -71,11 +71,15 @@ class LocalJudge:
 
     def __init__(self, checkpoint, device):
         from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+            Qwen2VLImageProcessorPil,
+        )
 
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         self.model = (
-            Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+            Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)
+            .to(device)
+            .eval()
         )
         self.model.requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -90,8 +94,12 @@ class LocalJudge:
         counts = pictures["image_grid_thw"].prod(1) // self.processor.merge_size**2
         texts = []
         for question, count in zip(questions, counts.tolist()):
-            turn = [{"role": "user", "content": [{"type": "text", "text": question}, {"type": "image"}]}]
-            text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            turn = [
+                {"role": "user", "content": [{"type": "text", "text": question}, {"type": "image"}]}
+            ]
+            text = self.tokenizer.apply_chat_template(
+                turn, add_generation_prompt=True, tokenize=False
+            )
             texts.append(text.replace(token, token * count))
         words = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
         is_image = words.input_ids == self.tokenizer.convert_tokens_to_ids(token)
@@ -105,7 +113,10 @@ class LocalJudge:
 
     def logits(self, questions, images):
         """(N, V) logits of the first answer token."""
-        inputs = {name: value.to(self.model.device) for name, value in self.encode(questions, images).items()}
+        inputs = {
+            name: value.to(self.model.device)
+            for name, value in self.encode(questions, images).items()
+        }
         return self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
 
     @torch.inference_mode()
@@ -132,7 +143,8 @@ class ServedJudge:
         # One policy for time-outs and retries, the client's own: it waits as the server's Retry-After
         # says and repeats what can be repeated. A second loop around it would multiply the waiting.
         self.clients = [
-            openai.OpenAI(base_url=url, api_key="EMPTY", timeout=timeout, max_retries=retries) for url in urls
+            openai.OpenAI(base_url=url, api_key="EMPTY", timeout=timeout, max_retries=retries)
+            for url in urls
         ]
         self.failures, self.turn = collections.Counter(), itertools.cycle(self.clients)
         self.pool = ThreadPoolExecutor(concurrency)  # threads, not processes: the work is waiting
@@ -140,7 +152,8 @@ class ServedJudge:
         for url, client in zip(urls, self.clients):
             try:
                 served = [
-                    entry.id for entry in client.with_options(max_retries=1, timeout=10).models.list().data
+                    entry.id
+                    for entry in client.with_options(max_retries=1, timeout=10).models.list().data
                 ]
             except openai.OpenAIError as problem:
                 usage_error(
@@ -155,14 +168,22 @@ class ServedJudge:
 
     def answers(self, question, images):
         """As LocalJudge.answers; an empty list where the server gave none, the reason in `failures`."""
-        return list(self.pool.map(self.ask, itertools.cycle(self.clients), itertools.repeat(question), images))
+        return list(
+            self.pool.map(
+                self.ask, itertools.cycle(self.clients), itertools.repeat(question), images
+            )
+        )
 
     def write(self, content, max_tokens=512, temperature=0.0, seed=0):
         """What the served model writes to these parts of a message; "" where it fails, the reason in `failures`."""
         try:
             reply = next(self.turn).chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": content}],
-                max_tokens=max_tokens, temperature=temperature, seed=seed)
+                model=self.model,
+                messages=[{"role": "user", "content": content}],
+                max_tokens=max_tokens,
+                temperature=temperature,
+                seed=seed,
+            )
         except (openai.OpenAIError, ValueError) as problem:
             self.failures[f"{type(problem).__name__}: {str(problem)[:200]}"] += 1
             return ""
@@ -194,8 +215,12 @@ def read_question(text):
     """A question, or the name of a file that holds one (apo.py writes such files); None stays None."""
     if text is None:
         return None
-    question = Path(text).read_text(encoding="utf-8") if os.path.isfile(text) else text  # Path.is_file fails on a long one
-    return question.strip() or usage_error(f"--question {text!r}: is empty; ask what yes and no can answer")
+    question = (
+        Path(text).read_text(encoding="utf-8") if os.path.isfile(text) else text
+    )  # Path.is_file fails on a long one
+    return question.strip() or usage_error(
+        f"--question {text!r}: is empty; ask what yes and no can answer"
+    )
 
 
 class ArtifactReward:
@@ -209,12 +234,16 @@ class ArtifactReward:
     reference = "ArtifactReward, arXiv:2601.03468"
     how = "vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8000"
 
-    def __init__(self, device="cpu", checkpoint=None, judge_urls=(), judge_model=None, question=None):
+    def __init__(
+        self, device="cpu", checkpoint=None, judge_urls=(), judge_model=None, question=None
+    ):
         if checkpoint and not judge_urls:
             self.judge = LocalJudge(checkpoint, device)
         else:
             self.judge = ServedJudge(list(judge_urls) or [DEFAULT_URL], judge_model)
-        own = Path(checkpoint or "") / "artifact.txt"  # a judge may bring the question that suits it
+        own = (
+            Path(checkpoint or "") / "artifact.txt"
+        )  # a judge may bring the question that suits it
         default = own if checkpoint and own.is_file() else HERE / "prompts" / "artifact.txt"
         self.question = read_question(question) or default.read_text(encoding="utf-8").strip()
 
@@ -236,9 +265,11 @@ class ArtifactReward:
         than a whole one. A wrong model, or a server that ignores pictures, is found here and not after a day."""
         whole, broken = self([""] * 2, canary()).tolist()
         if not whole > broken:
-            usage_error(f"the judge gives a whole picture {whole:.3f} and a torn one {broken:.3f}, which is the wrong "
-                        f"way round; look with `python artifact_reward.py PICTURE --explain PAGE`, or change --question "
-                        f"({dict(self.failures) or self.question!r})")
+            usage_error(
+                f"the judge gives a whole picture {whole:.3f} and a torn one {broken:.3f}, which is the wrong "
+                f"way round; look with `python artifact_reward.py PICTURE --explain PAGE`, or change --question "
+                f"({dict(self.failures) or self.question!r})"
+            )
 
 
 def ask(judge, question, images):
@@ -269,17 +300,29 @@ def canary(side=256):
 @dataclass
 class Config:
     images: Annotated[tuple[str, ...], tyro.conf.Positional]  # picture files
-    explain: str = ""  # also write a page here: picture, question, the answer's probabilities, score
+    explain: str = (
+        ""  # also write a page here: picture, question, the answer's probabilities, score
+    )
     judge_url: tuple[str, ...] = ()  # server(s) to ask; none: the judge runs in this process
     judge_model: str | None = None  # the served model's name; default: the first that is served
     checkpoint: str = "tiny"  # in-process judge: "tiny", a folder, or a hub name
-    question: str | None = None  # a text or a file, instead of the judge's artifact.txt or prompts/artifact.txt
+    question: str | None = (
+        None  # a text or a file, instead of the judge's artifact.txt or prompts/artifact.txt
+    )
 
 
 def main(cfg):
-    local = str(HERE / "tiny_world" / "checkpoints" / "artifact") if cfg.checkpoint == "tiny" else cfg.checkpoint
+    local = (
+        str(HERE / "tiny_world" / "checkpoints" / "artifact")
+        if cfg.checkpoint == "tiny"
+        else cfg.checkpoint
+    )
     reward = ArtifactReward(
-        pick_device("auto")[0], None if cfg.judge_url else local, cfg.judge_url, cfg.judge_model, cfg.question
+        pick_device("auto")[0],
+        None if cfg.judge_url else local,
+        cfg.judge_url,
+        cfg.judge_model,
+        cfg.question,
     )
     rows, failed = [], 0
     for path in cfg.images:
@@ -293,7 +336,9 @@ def main(cfg):
         failed += math.isnan(score)
         print(f"{score:.4f}  {path}")
         said = ", ".join(f"{token!r} {math.exp(logprob):.3f}" for token, logprob in answer[:6])
-        rows.append({"picture": image, "file": path, "first tokens of the answer": said, "score": score})
+        rows.append(
+            {"picture": image, "file": path, "first tokens of the answer": said, "score": score}
+        )
     for reason, count in reward.failures.items():
         print(f"{count} without a score: {reason}", file=sys.stderr)
     if cfg.explain:

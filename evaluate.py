@@ -36,29 +36,40 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from training import files
-from evaluation import hacking
-from evaluation import layouts
-from evaluation import pages as report
 import rewards as reward_models
-from evaluation import wise
 from artifact_reward import DEFAULT_URL, ServedJudge
-from training.files import atomic, json_line, read_jsonl, usage_error
+from evaluation import hacking, layouts, wise
+from evaluation import pages as report
 from generate import pick_device
+from training import files
+from training.files import atomic, json_line, read_jsonl, usage_error
 
 # The paper's Table 2 (arXiv:2601.03468): accuracy on its 202 pairs.
-PAPER = {"hps": 0.53, "aesthetic": 0.42, "imagereward": 0.68, "maniqa": 0.39, "deqa": 0.51, "gdino": 0.58,
-         "orm": 0.56, "unified": 0.65, "artifact": 0.80}
+PAPER = {
+    "hps": 0.53,
+    "aesthetic": 0.42,
+    "imagereward": 0.68,
+    "maniqa": 0.39,
+    "deqa": 0.51,
+    "gdino": 0.58,
+    "orm": 0.56,
+    "unified": 0.65,
+    "artifact": 0.80,
+}
 
 
 @dataclass
 class Config:
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # run folders; none: the newest in runs/
+    runs: Annotated[
+        tuple[str, ...], tyro.conf.Positional
+    ] = ()  # run folders; none: the newest in runs/
     figure: str = ""  # also draw all these runs into one figure, here
     images: str = ""  # a folder of pictures, in any layout of layouts.py
     prompts: str = ""  # their prompts, a file of any format
     rewards: str = "hps,artifact"  # what to score pictures and pairs with
-    wise: Literal["", "legacy", "verified"] = ""  # judge the pictures by this protocol of WISE instead
+    wise: Literal["", "legacy", "verified"] = (
+        ""  # judge the pictures by this protocol of WISE instead
+    )
     pairs: str = ""  # a folder of pairs with test.jsonl, such as tiny_world/pairs
     compare: tuple[str, str] | None = None  # two run folders, or two score files of --images
     summarize: str = ""  # a result file of an official scorer
@@ -73,10 +84,17 @@ class Config:
 
 def load_rewards(cfg):
     checkpoint = "tiny" if cfg.model == "tiny" else None
-    options, parsed = {"artifact": dict(judge_urls=cfg.judge_url)}, reward_models.parse_all(cfg.rewards)
+    options, parsed = (
+        {"artifact": dict(judge_urls=cfg.judge_url)},
+        reward_models.parse_all(cfg.rewards),
+    )
     reward_models.refuse_learners(parsed)
-    return {name: reward_models.load(name, pick_device("auto")[0], checkpoint, url, **options.get(name, {}))
-            for name, _, url in parsed}
+    return {
+        name: reward_models.load(
+            name, pick_device("auto")[0], checkpoint, url, **options.get(name, {})
+        )
+        for name, _, url in parsed
+    }
 
 
 def open_picture(path):
@@ -96,9 +114,17 @@ def score_images(matched, scorers, known, save, batch=64):
         rows, ks, paths = zip(*matched[start : start + batch])
         new = []
         for row, k, path in zip(rows, ks, paths):
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()  # a picture made again is another picture
-            record = {"path": str(path), "id": row["id"], "prompt": row["prompt"], "tag": row["tag"], "sample": k,
-                      "sha256": digest}
+            digest = hashlib.sha256(
+                path.read_bytes()
+            ).hexdigest()  # a picture made again is another picture
+            record = {
+                "path": str(path),
+                "id": row["id"],
+                "prompt": row["prompt"],
+                "tag": row["tag"],
+                "sample": k,
+                "sha256": digest,
+            }
             new.append(earlier.get((str(path), digest), {}) | record)
         images = {}  # opened when the first reward wants them, closed with the batch
         for name, scorer in scorers.items():
@@ -109,8 +135,12 @@ def score_images(matched, scorers, known, save, batch=64):
                     images[i] = open_picture(paths[i])
             good = [i for i in todo if images[i] is not None]
             if good:
-                scores = reward_models.score({name: scorer}, [new[i]["prompt"] for i in good],
-                                             [images[i] for i in good], [rows[i] for i in good])
+                scores = reward_models.score(
+                    {name: scorer},
+                    [new[i]["prompt"] for i in good],
+                    [images[i] for i in good],
+                    [rows[i] for i in good],
+                )
                 for i, value in zip(good, scores[name].tolist()):
                     new[i][name] = value
         records += new
@@ -134,8 +164,16 @@ def score_table(records, names, tags=False):
             means = [report.mean(values) for values in by_prompt.values()]
             error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
             n = sum(map(len, by_prompt.values()))
-            rows.append({"score": name, "prompts": tag or "untagged", "mean": report.mean(means),
-                         "standard error": error, "n": n, "failed": len(members) - n})
+            rows.append(
+                {
+                    "score": name,
+                    "prompts": tag or "untagged",
+                    "mean": report.mean(means),
+                    "standard error": error,
+                    "n": n,
+                    "failed": len(members) - n,
+                }
+            )
     return rows
 
 
@@ -143,12 +181,17 @@ def summary(path):
     """An official result file as a table, beside the published rows."""
     benchmark, columns, failed = layouts.summarize(path)
     rows = [{"model": Path(path).name, **columns}]
-    rows += [{"model": f"{name} (published)", **{c: scores.get(c, math.nan) for c in columns}}
-             for name, scores in layouts.REFERENCES.get(benchmark, {}).items()]
+    rows += [
+        {"model": f"{name} (published)", **{c: scores.get(c, math.nan) for c in columns}}
+        for name, scores in layouts.REFERENCES.get(benchmark, {}).items()
+    ]
     print(benchmark)
     print("\n".join(report.markdown(rows)))
     if failed:
-        print(f"{len(failed)} without a score, in no mean: {', '.join(map(str, failed[:20]))}", file=sys.stderr)
+        print(
+            f"{len(failed)} without a score, in no mean: {', '.join(map(str, failed[:20]))}",
+            file=sys.stderr,
+        )
     return failed
 
 
@@ -165,10 +208,14 @@ def evaluate_wise(cfg, matched):
 def evaluate_folder(cfg):
     rows = files.load_prompts(cfg.prompts)
     layout, matched, missing, extra = layouts.find_images(cfg.images, rows)
-    print(f"{cfg.images}: {layout} layout, {len(matched)} pictures of {len(rows) - len(missing)} prompts; "
-          f"{len(missing)} prompts without a picture, {len(extra)} pictures of no prompt")
+    print(
+        f"{cfg.images}: {layout} layout, {len(matched)} pictures of {len(rows) - len(missing)} prompts; "
+        f"{len(missing)} prompts without a picture, {len(extra)} pictures of no prompt"
+    )
     if missing and cfg.strict:
-        usage_error(f"--strict: {len(missing)} prompts have no picture, such as {missing[0]['id']!r}")
+        usage_error(
+            f"--strict: {len(missing)} prompts have no picture, such as {missing[0]['id']!r}"
+        )
     if cfg.wise:
         return evaluate_wise(cfg, matched)
     output = Path(cfg.output or f"{Path(cfg.images)}-scores-{cfg.model}.jsonl")
@@ -194,7 +241,9 @@ def pair_scores(reward, folder, split="test"):
     """(rows, scores of the clean pictures, scores of the broken ones) of folder/split.jsonl."""
     folder = Path(folder)
     if not (folder / f"{split}.jsonl").is_file():
-        usage_error(f"--pairs {folder}: no {split}.jsonl there; a line has prompt, clean and broken (two files)")
+        usage_error(
+            f"--pairs {folder}: no {split}.jsonl there; a line has prompt, clean and broken (two files)"
+        )
     rows, scores = read_jsonl(folder / f"{split}.jsonl"), []
     for side in ("clean", "broken"):
         images = [Image.open(folder / row[side]).convert("RGB") for row in rows]
@@ -214,13 +263,22 @@ def pair_table(scorers, folder):
     for name, reward in scorers.items():
         rows, clean, broken = pair_scores(reward, folder)
         couples = list(zip(clean, broken))
-        low, high = report.bootstrap(lambda pick: pair_accuracy(*zip(*(couples[i] for i in pick))),
-                                     [row["prompt"] for row in rows])
-        table.append({"reward": name, "correct": sum(c > b for c, b in couples),
-                      "tie": sum(c == b for c, b in couples), "wrong": sum(c < b for c, b in couples),
-                      "failed": sum(math.isnan(c + b) for c, b in couples),
-                      "accuracy": pair_accuracy(clean, broken), "95 %": f"{low:.3f} to {high:.3f}",
-                      "paper": f"{PAPER[name]:.2f}" if name in PAPER else ""})
+        low, high = report.bootstrap(
+            lambda pick: pair_accuracy(*zip(*(couples[i] for i in pick))),
+            [row["prompt"] for row in rows],
+        )
+        table.append(
+            {
+                "reward": name,
+                "correct": sum(c > b for c, b in couples),
+                "tie": sum(c == b for c, b in couples),
+                "wrong": sum(c < b for c, b in couples),
+                "failed": sum(math.isnan(c + b) for c, b in couples),
+                "accuracy": pair_accuracy(clean, broken),
+                "95 %": f"{low:.3f} to {high:.3f}",
+                "paper": f"{PAPER[name]:.2f}" if name in PAPER else "",
+            }
+        )
     return table
 
 
@@ -251,28 +309,54 @@ def compare(a, b, output):
     couples = [(place.get((r["id"], r["sample"])), j) for j, r in enumerate(second)]
     couples = [(i, j) for i, j in couples if i is not None]
     if not couples or any(first[i]["prompt"] != second[j]["prompt"] for i, j in couples):
-        usage_error(f"--compare: {a} and {b} have no pictures of the same prompts and samples in common")
-    names = [name for name, value in first[0].items() if isinstance(value, float) and name in second[0]]
+        usage_error(
+            f"--compare: {a} and {b} have no pictures of the same prompts and samples in common"
+        )
+    names = [
+        name for name, value in first[0].items() if isinstance(value, float) and name in second[0]
+    ]
     table = []
     for name in names:
         known = [(i, j) for i, j in couples if math.isfinite(first[i][name] + second[j][name])]
         gains = [second[j][name] - first[i][name] for i, j in known]
         if gains:
-            low, high = report.bootstrap(lambda pick: report.mean(gains[k] for k in pick),
-                                         [first[i]["prompt"] for i, _ in known], draws=400)
-            table.append({"measured": name, "A": report.mean(first[i][name] for i, _ in known),
-                          "B": report.mean(second[j][name] for _, j in known), "B - A": report.mean(gains),
-                          "95 %": f"{low:+.3f} to {high:+.3f}", "n": len(gains)})
+            low, high = report.bootstrap(
+                lambda pick: report.mean(gains[k] for k in pick),
+                [first[i]["prompt"] for i, _ in known],
+                draws=400,
+            )
+            table.append(
+                {
+                    "measured": name,
+                    "A": report.mean(first[i][name] for i, _ in known),
+                    "B": report.mean(second[j][name] for _, j in known),
+                    "B - A": report.mean(gains),
+                    "95 %": f"{low:+.3f} to {high:+.3f}",
+                    "n": len(gains),
+                }
+            )
     key = "gold" if "gold" in names else names[0]
     shown = sorted(couples, key=lambda ij: -abs(second[ij[1]][key] - first[ij[0]][key]))[:48]
 
     def view(picture):
         return open_picture(picture) if isinstance(picture, Path) else picture or ""
 
-    gallery = [{"A": view(pictures_a[i]), "B": view(pictures_b[j]), "prompt": first[i]["prompt"],
-                f"{key} A": first[i][key], f"{key} B": second[j][key]} for i, j in shown]
-    body = (f"<p>A: {html.escape(str(a))}<br>B: {html.escape(str(b))}</p>" + report.table(table)
-            + f"<h2>Side by side, the largest changes of {html.escape(key)} first</h2>" + report.table(gallery))
+    gallery = [
+        {
+            "A": view(pictures_a[i]),
+            "B": view(pictures_b[j]),
+            "prompt": first[i]["prompt"],
+            f"{key} A": first[i][key],
+            f"{key} B": second[j][key],
+        }
+        for i, j in shown
+    ]
+    body = (
+        f"<p>A: {html.escape(str(a))}<br>B: {html.escape(str(b))}</p>"
+        + report.table(table)
+        + f"<h2>Side by side, the largest changes of {html.escape(key)} first</h2>"
+        + report.table(gallery)
+    )
     with atomic(output) as file:
         file.write(report.page("Two runs, picture by picture", body))
     return table
@@ -290,15 +374,22 @@ def main(cfg):
     if cfg.compare:
         output = Path(cfg.output or "compare.html")
         if seed_of(cfg.compare[0]) != seed_of(cfg.compare[1]):
-            print("the two runs have different seeds: the same prompts, but not the same noise", file=sys.stderr)
+            print(
+                "the two runs have different seeds: the same prompts, but not the same noise",
+                file=sys.stderr,
+            )
         print("\n".join(report.markdown(compare(*cfg.compare, output))))
         return print(f"the pictures, side by side: {output}")
     runs = [Path(run) for run in cfg.runs if (Path(run) / "config.json").is_file()]
     if not cfg.runs:
-        newest = sorted(Path("runs").glob("*/test.jsonl"), key=lambda path: path.stat().st_mtime)[-1:]
+        newest = sorted(Path("runs").glob("*/test.jsonl"), key=lambda path: path.stat().st_mtime)[
+            -1:
+        ]
         runs = [path.parent for path in newest]
     if not runs:
-        usage_error(f"no runs in {', '.join(cfg.runs) or 'runs/'}; make one with torchrun grpo.py --rewards hps,artifact")
+        usage_error(
+            f"no runs in {', '.join(cfg.runs) or 'runs/'}; make one with torchrun grpo.py --rewards hps,artifact"
+        )
     for run in runs:
         print(hacking.report_page(run))
     print("\n".join(report.markdown(hacking.seeds_table(runs))))

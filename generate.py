@@ -66,7 +66,9 @@ class Policy:
     def __post_init__(self):
         self.tokenizer = self.processor.tokenizer
         self.boi = self.tokenizer.convert_tokens_to_ids(self.tokenizer.boi_token)
-        self.body = self.model.model.language_model  # without the text head, which pictures never need
+        self.body = (
+            self.model.model.language_model
+        )  # without the text head, which pictures never need
         self.grid = self.model.config.vq_config.num_patches  # pictures are grid x grid tokens
 
     @property
@@ -80,14 +82,20 @@ class Policy:
     def inside(self, function, *args):
         """function(*args), as one forward pass of the whole model: where the weights are spread over processes
         (scale.py), they come together for it. Otherwise it is just a call."""
-        return self.model.inside(function, *args) if hasattr(self.model, "inside") else function(*args)
+        return (
+            self.model.inside(function, *args) if hasattr(self.model, "inside") else function(*args)
+        )
 
     def save(self, folder, state=None):
         """A folder that load_policy, and JanusForConditionalGeneration.from_pretrained, open. state: whole weights, where
         the model itself has only shards."""
         self.model.save_pretrained(folder, state_dict=state)
-        self.model.config.dtype = torch.float32  # it has noted the type of the first weight, which may be a frozen one's,
-        self.model.config.save_pretrained(folder)  # and from_pretrained would round all others to it
+        self.model.config.dtype = (
+            torch.float32
+        )  # it has noted the type of the first weight, which may be a frozen one's,
+        self.model.config.save_pretrained(
+            folder
+        )  # and from_pretrained would round all others to it
         self.processor.save_pretrained(folder)
         (Path(folder) / "reasoning.txt").write_text(self.reasoning + "\n", encoding="utf-8")
 
@@ -101,23 +109,41 @@ def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_im
     The weights are float32 whatever `dtype` is: at a learning rate of 1e-6 a bfloat16 weight never
     moves (its spacing is 1/256 of its size). As in T2I-R1, only the language model is trained; the
     eyes, the codebook, the VQ model and the image head stay as they are."""
-    path = HERE / "tiny_world" / "checkpoints" / "policy" if name_or_path == "tiny" else Path(name_or_path)
+    path = (
+        HERE / "tiny_world" / "checkpoints" / "policy"
+        if name_or_path == "tiny"
+        else Path(name_or_path)
+    )
     where = path if path.is_dir() else name_or_path
     if path.is_dir() and (path / "config.json").is_file():
         kind = json.loads((path / "config.json").read_text()).get("model_type")
         if kind != "janus":
-            usage_error(f"--model {name_or_path}: holds a {kind!r} checkpoint; needed is 'janus' in the Hugging Face format, "
-                        "such as deepseek-community/Janus-Pro-1B (deepseek-ai's own are not)")
+            usage_error(
+                f"--model {name_or_path}: holds a {kind!r} checkpoint; needed is 'janus' in the Hugging Face format, "
+                "such as deepseek-community/Janus-Pro-1B (deepseek-ai's own are not)"
+            )
     elif path.is_dir() or name_or_path.startswith((".", "/")):
-        usage_error(f"--model {name_or_path}: no config.json there; needed is a folder saved by save_pretrained")
+        usage_error(
+            f"--model {name_or_path}: no config.json there; needed is a folder saved by save_pretrained"
+        )
     try:
-        model = JanusForConditionalGeneration.from_pretrained(where, dtype=torch.float32).to(device).eval()
+        model = (
+            JanusForConditionalGeneration.from_pretrained(where, dtype=torch.float32)
+            .to(device)
+            .eval()
+        )
         processor = JanusProcessor.from_pretrained(where)
     except OSError as problem:
         usage_error(f"--model {name_or_path}: cannot be loaded ({str(problem).splitlines()[0]})")
     own = path / "reasoning.txt"  # a checkpoint may bring the instruction that it was trained with
-    reasoning = (own if own.is_file() else HERE / "prompts" / "reasoning.txt").read_text(encoding="utf-8").strip()
-    trained = ("model.language_model.", "lm_head.") + (("model.generation_head.",) if train_image_head else ())
+    reasoning = (
+        (own if own.is_file() else HERE / "prompts" / "reasoning.txt")
+        .read_text(encoding="utf-8")
+        .strip()
+    )
+    trained = ("model.language_model.", "lm_head.") + (
+        ("model.generation_head.",) if train_image_head else ()
+    )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(trained))
     return Policy(model, processor, reasoning, dtype)
@@ -198,7 +224,9 @@ def join(parts):
     for name in Rollouts.__dataclass_fields__:
         values = [getattr(part, name) for part in parts]
         if name.startswith("thought_"):
-            values = [torch.nn.functional.pad(value, (0, width - value.shape[1])) for value in values]
+            values = [
+                torch.nn.functional.pad(value, (0, width - value.shape[1])) for value in values
+            ]
         joined[name] = torch.cat(values) if isinstance(values[0], torch.Tensor) else sum(values, [])
     return Rollouts(**joined)
 
@@ -242,7 +270,9 @@ class Cache:
     def update(self, keys, values, layer):
         """What transformers' attention calls: keep these, return those to look at."""
         if layer not in self.layers:  # zeros, because even a masked NaN is one
-            self.layers[layer] = [x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in (keys, values)]
+            self.layers[layer] = [
+                x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in (keys, values)
+            ]
         for kept, new in zip(self.layers[layer], (keys, values)):
             kept.index_copy_(2, self.at, new)
         return [kept[:, :, : self.end] for kept in self.layers[layer]]
@@ -258,8 +288,13 @@ def decode(policy, ids, mask, new_tokens, uniform, embed, head, eos=None):
     def read(x, allowed, position):
         """What comes after x: the last hidden states, (rows, D)."""
         # in policy.dtype, or the cache would be made for float32, and refuse what comes
-        return policy.body(inputs_embeds=x.to(policy.dtype), attention_mask=allowed[..., : cache.end],
-                           position_ids=position, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        return policy.body(
+            inputs_embeds=x.to(policy.dtype),
+            attention_mask=allowed[..., : cache.end],
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
 
     # All that a step reads and writes stays where it is in memory, the number of the step too: so one step is like
     # another, and can be recorded.
@@ -267,7 +302,9 @@ def decode(policy, ids, mask, new_tokens, uniform, embed, head, eos=None):
     tokens = torch.full((N, new_tokens), policy.tokenizer.pad_token_id, device=device)
     ended = torch.zeros(N, dtype=torch.bool, device=device)
     position = positions[:, -1:].clone()
-    allowed = torch.full((rows, 1, 1, cache.length), -torch.inf, dtype=policy.dtype, device=device)  # added to the logits
+    allowed = torch.full(
+        (rows, 1, 1, cache.length), -torch.inf, dtype=policy.dtype, device=device
+    )  # added to the logits
     allowed[..., :L].masked_fill_(mask[:, None, None], 0.0)
 
     def choose(hidden):
@@ -294,7 +331,9 @@ def decode(policy, ids, mask, new_tokens, uniform, embed, head, eos=None):
             return tokens[:, :drawn]
         if (drawn - 1) % stretch == 0:
             cache.end, proceed = cache.end + stretch, step
-        if (drawn - 1) % stretch == 2 and recordable(policy):  # kernels for this length are loaded, autocast has its copies
+        if (drawn - 1) % stretch == 2 and recordable(
+            policy
+        ):  # kernels for this length are loaded, autocast has its copies
             proceed = record(step)
         proceed()
     return tokens
@@ -302,7 +341,9 @@ def decode(policy, ids, mask, new_tokens, uniform, embed, head, eos=None):
 
 def recordable(policy):
     """Sharded weights stay out: FSDP's hooks are Python, and a graph replays none."""
-    return policy.cuda_graph and policy.device.type == "cuda" and not hasattr(policy.model, "inside")
+    return (
+        policy.cuda_graph and policy.device.type == "cuda" and not hasattr(policy.model, "inside")
+    )
 
 
 def record(step):
@@ -312,11 +353,15 @@ def record(step):
     of its own: torch would free the rounded weights that the graph reads."""
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may talk to the GPU meanwhile
+        with torch.cuda.graph(
+            graph, capture_error_mode="thread_local"
+        ):  # other threads may talk to the GPU meanwhile
             step()  # nothing is computed yet
     except torch.AcceleratorError as problem:
-        usage_error(f"this GPU cannot record a step of sampling ({str(problem).splitlines()[0]}); --no-cuda-graph goes on "
-                    "without, more slowly")
+        usage_error(
+            f"this GPU cannot record a step of sampling ({str(problem).splitlines()[0]}); --no-cuda-graph goes on "
+            "without, more slowly"
+        )
     return graph.replay
 
 
@@ -338,15 +383,25 @@ def paint(policy, prompts, uniform, cot, cfg_weight, max_thought):
         if cot:
             ids, mask = thought_context(policy, prompts)
             embed = policy.body.get_input_embeddings()
-            thought_ids = decode(policy, ids, mask, max_thought, uniform, lambda t: embed(t[:, None]), policy.model.lm_head,
-                                 eos=policy.tokenizer.eos_token_id)
+            thought_ids = decode(
+                policy,
+                ids,
+                mask,
+                max_thought,
+                uniform,
+                lambda t: embed(t[:, None]),
+                policy.model.lm_head,
+                eos=policy.tokenizer.eos_token_id,
+            )
         else:
             thought_ids = torch.zeros(len(prompts), 0, dtype=torch.long, device=policy.device)
         # Everything up to and including the first end-of-sentence was a choice; padding was not.
         ended = (thought_ids == policy.tokenizer.eos_token_id).long()
         thought_mask = ended.cumsum(1) - ended == 0
-        thoughts = [policy.tokenizer.decode(row[chosen], skip_special_tokens=True).strip()
-                    for row, chosen in zip(thought_ids, thought_mask)]
+        thoughts = [
+            policy.tokenizer.decode(row[chosen], skip_special_tokens=True).strip()
+            for row, chosen in zip(thought_ids, thought_mask)
+        ]
 
         ids, mask = image_context(policy, prompts, thoughts)
         image_ids = paint_tokens(policy, ids, mask, uniform[:, max_thought:], cfg_weight)
@@ -359,8 +414,11 @@ def paint_tokens(policy, ids, mask, uniform, cfg_weight):
     branches = 1 if cfg_weight == 1 else 2
     if branches == 2:
         ids, mask = torch.cat([ids, without_prompt(policy, ids)]), mask.repeat(2, 1)
+
     def embed(token):
-        return policy.model.prepare_embeddings_for_image_generation(token[:, None]).repeat(branches, 1, 1)
+        return policy.model.prepare_embeddings_for_image_generation(token[:, None]).repeat(
+            branches, 1, 1
+        )
 
     def head(hidden):
         return guide(policy.model.model.generation_head(hidden).float(), cfg_weight)
@@ -382,7 +440,9 @@ def to_images(policy, image_ids, chunk=16):
     for ids in image_ids.split(chunk):
         filled = torch.nn.functional.pad(ids, (0, 0, 0, chunk - len(ids)))
         pixels = policy.model.model.vqmodel.decode(filled)[: len(ids)].float()
-        pixels = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+        pixels = (
+            ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+        )
         images += [Image.fromarray(p) for p in pixels]
     return images
 
@@ -406,7 +466,9 @@ def score(policy, rollouts, cfg_weight):
         if C:
             ids, mask = thought_context(policy, rollouts.prompts)
             embed = policy.body.get_input_embeddings()
-            hidden = teach(policy, embed(ids), mask, embed(rollouts.thought_ids), rollouts.thought_mask)
+            hidden = teach(
+                policy, embed(ids), mask, embed(rollouts.thought_ids), rollouts.thought_mask
+            )
             parts.append(pick(policy.model.lm_head(hidden), rollouts.thought_ids))
         ids, mask = image_context(policy, rollouts.prompts, rollouts.thoughts)
         painted = policy.model.prepare_embeddings_for_image_generation(rollouts.image_ids)
@@ -428,7 +490,12 @@ def teach(policy, context, mask, continuation, continuation_mask=None):
         continuation_mask = torch.ones(continuation.shape[:2], dtype=torch.bool, device=x.device)
     mask = torch.cat([mask, continuation_mask[:, :-1]], 1)
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    out = policy.body(inputs_embeds=x.to(policy.dtype), attention_mask=causal(mask), position_ids=position, use_cache=False)
+    out = policy.body(
+        inputs_embeds=x.to(policy.dtype),
+        attention_mask=causal(mask),
+        position_ids=position,
+        use_cache=False,
+    )
     return out.last_hidden_state[:, -n:]
 
 
@@ -445,7 +512,9 @@ def pick(logits_NTV, ids_NT):
 class Config:
     prompt: Annotated[str, tyro.conf.Positional] = ""  # what to paint; or give --prompts
     prompts: str = ""  # a prompt file: JSONL, JSON, text, TSV/CSV or a folder of texts
-    model: str = "tiny"  # "tiny", a folder or hub name (a Janus, or a pipeline of diffusers), or drawn-plain
+    model: str = (
+        "tiny"  # "tiny", a folder or hub name (a Janus, or a pipeline of diffusers), or drawn-plain
+    )
     num_images: int = 4  # pictures for each prompt
     output_dir: str = "outputs"  # pictures go to <output-dir>/00000/samples/0000.png
     seed: int = 42  # with the prompt's place and the picture's number, all the randomness there is
@@ -453,18 +522,30 @@ class Config:
     cfg_weight: float | None = None  # guidance w; default: the checkpoint's own
     max_thought: int = 64  # longest thought, in tokens
     batch_size: int = 32  # pictures at a time
-    cuda_graph: bool = True  # on a GPU: record the kernels of one token and replay them, several times as fast
+    cuda_graph: bool = (
+        True  # on a GPU: record the kernels of one token and replay them, several times as fast
+    )
     limit: int = 0  # only the first prompts; 0 = all
-    layout: Literal["geneval", "t2i-compbench", "wise", "dpg", "hpdv2"] = "geneval"  # also export for this scorer
+    layout: Literal["geneval", "t2i-compbench", "wise", "dpg", "hpdv2"] = (
+        "geneval"  # also export for this scorer
+    )
     overwrite: bool = False  # make pictures again that are there already
     device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; auto: bfloat16 on cuda
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # of the arithmetic; auto: bfloat16 on cuda
+    )
 
 
 def pick_device(device, dtype="auto"):
     """("auto", "auto") -> the best there is: (device name, torch dtype)."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
     return device, getattr(torch, dtype)
@@ -476,14 +557,20 @@ def main(cfg):
     if bool(cfg.prompt) == bool(cfg.prompts):
         usage_error('give one prompt, python generate.py "a red circle", or a file, --prompts FILE')
     if cfg.num_images < 1 or cfg.batch_size < 1:
-        usage_error(f"--num-images {cfg.num_images} --batch-size {cfg.batch_size}: both must be at least 1")
-    rows = load_prompts(cfg.prompts) if cfg.prompts else [{"id": "0", "prompt": cfg.prompt, "tag": ""}]
+        usage_error(
+            f"--num-images {cfg.num_images} --batch-size {cfg.batch_size}: both must be at least 1"
+        )
+    rows = (
+        load_prompts(cfg.prompts) if cfg.prompts else [{"id": "0", "prompt": cfg.prompt, "tag": ""}]
+    )
     rows = rows[: cfg.limit or None]
     paint_all, weight = painters.painter(cfg)
     root = Path(cfg.output_dir)
     manifest, entries = root / "manifest.jsonl", {}
     if manifest.exists():
-        entries = {entry["path"]: entry for entry in map(json.loads, manifest.read_text().splitlines())}
+        entries = {
+            entry["path"]: entry for entry in map(json.loads, manifest.read_text().splitlines())
+        }
 
     todo, replaced = [], 0
     for i, row in enumerate(rows):
@@ -491,19 +578,36 @@ def main(cfg):
             file.write(json.dumps(row))
         for k in range(cfg.num_images):
             # Names come from numbers, never from prompts: a prompt may hold "/" or have 300 letters.
-            entry = {"path": f"{i:05d}/samples/{k:04d}.png", "id": row["id"], "prompt": row["prompt"],
-                     "sample": k, "seed": cfg.seed, "model": cfg.model, "cfg_weight": weight, "cot": cfg.cot}
+            entry = {
+                "path": f"{i:05d}/samples/{k:04d}.png",
+                "id": row["id"],
+                "prompt": row["prompt"],
+                "sample": k,
+                "seed": cfg.seed,
+                "model": cfg.model,
+                "cfg_weight": weight,
+                "cot": cfg.cot,
+            }
             known = entries.get(entry["path"], {})
-            made = (root / entry["path"]).exists() and entry.items() <= known.items()  # by these very settings
+            made = (
+                root / entry["path"]
+            ).exists() and entry.items() <= known.items()  # by these very settings
             if cfg.overwrite or not made:
                 todo.append((i, k, entry))
                 replaced += bool(known)
     if replaced:
-        print(f"{replaced} pictures in {root}/ were made for other prompts or with other settings; they are replaced")
+        print(
+            f"{replaced} pictures in {root}/ were made for other prompts or with other settings; they are replaced"
+        )
 
-    for start in tqdm(range(0, len(todo), cfg.batch_size), desc="painting", disable=len(todo) <= cfg.batch_size):
+    for start in tqdm(
+        range(0, len(todo), cfg.batch_size), desc="painting", disable=len(todo) <= cfg.batch_size
+    ):
         batch = todo[start : start + cfg.batch_size]
-        prompts, keys = [rows[i]["prompt"] for i, _, _ in batch], [(cfg.seed, 0, i, k) for i, k, _ in batch]
+        prompts, keys = (
+            [rows[i]["prompt"] for i, _, _ in batch],
+            [(cfg.seed, 0, i, k) for i, k, _ in batch],
+        )
         for (_, _, entry), image, thought in zip(batch, *paint_all(prompts, keys)):
             with atomic(root / entry["path"], "wb") as file:
                 image.save(file, "PNG")
@@ -513,7 +617,9 @@ def main(cfg):
                 print(f"{root / entry['path']}  {thought}")
         with atomic(manifest) as file:  # whole after each batch, so that a stopped run can go on
             file.writelines(json.dumps(entries[path]) + "\n" for path in sorted(entries))
-    print(f"{len(todo)} pictures made, {len(rows) * cfg.num_images - len(todo)} were there already, in {root}/")
+    print(
+        f"{len(todo)} pictures made, {len(rows) * cfg.num_images - len(todo)} were there already, in {root}/"
+    )
     if cfg.layout != "geneval":
         out = Path(f"{root}-{cfg.layout}")
         made = layouts.export(root, cfg.layout, out, Path(cfg.prompts).stem)

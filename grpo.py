@@ -34,9 +34,9 @@ import tyro
 from tqdm import tqdm
 
 import generate
+import rewards as reward_models
 from evaluation import hacking
 from training import harness
-import rewards as reward_models
 from training import sharding as scale
 
 # Shapes:  P prompts   G rollouts of each   N = P*G rollouts   S = C+T tokens of a rollout
@@ -44,20 +44,32 @@ from training import sharding as scale
 
 @dataclass
 class Config:
-    rewards: str = "hps,artifact"  # what trains the policy: name or name:weight, separated by commas
-    eval_rewards: str | None = None  # held out: watched, never trained on [tiny: gold and its parts]
+    rewards: str = (
+        "hps,artifact"  # what trains the policy: name or name:weight, separated by commas
+    )
+    eval_rewards: str | None = (
+        None  # held out: watched, never trained on [tiny: gold and its parts]
+    )
     model: str = "tiny"  # "tiny" makes every component tiny; or a folder or hub name of a Janus
-    prompts: str | None = None  # training prompts [tiny_world/prompts/train.jsonl or prompts/train.jsonl]
+    prompts: str | None = (
+        None  # training prompts [tiny_world/prompts/train.jsonl or prompts/train.jsonl]
+    )
     test_prompts: str | None = None  # prompts that only measure [.../test.jsonl]
 
     num_generations: int = 8  # G, rollouts of a prompt: the group
     prompts_per_step: int = 16  # P, over all processes
     max_steps: int | None = None  # steps of training [tiny: 100; else 1600]
-    learning_rate: float | None = None  # of AdamW, falling linearly to 0 [tiny: 1e-4; else 1e-6, as T2I-R1]
-    beta: float | None = None  # weight of the KL penalty to the reference policy [tiny: .02; else .01, as T2I-R1]
+    learning_rate: float | None = (
+        None  # of AdamW, falling linearly to 0 [tiny: 1e-4; else 1e-6, as T2I-R1]
+    )
+    beta: float | None = (
+        None  # weight of the KL penalty to the reference policy [tiny: .02; else .01, as T2I-R1]
+    )
     epsilon: float = 0.2  # clip range below 1
     epsilon_high: float = 0.2  # clip range above 1; DAPO takes .28
-    updates_per_rollout: int = 1  # optimizer steps on the same rollouts; 1: rho is 1, and nothing is clipped
+    updates_per_rollout: int = (
+        1  # optimizer steps on the same rollouts; 1: rho is 1, and nothing is clipped
+    )
     # divide by the std of the group (GRPO), by nothing (Dr.GRPO), by that of the batch (Flow-GRPO); or none of
     # these: best, which imitates the best picture of each group (RAFT, best-of-n fine-tuning)
     advantage: Literal["group", "none", "global", "best"] = "group"
@@ -68,8 +80,12 @@ class Config:
 
     cot: bool = True  # think before painting, and train the thought too
     max_thought: int = 64  # longest thought, in tokens
-    cfg_weight: float | None = None  # guidance w while sampling [the checkpoint's own: tiny 1, Janus-Pro 5]
-    guidance: Literal["guided", "cond", "none"] = "guided"  # how rollouts are scored, see `guidance_weights`
+    cfg_weight: float | None = (
+        None  # guidance w while sampling [the checkpoint's own: tiny 1, Janus-Pro 5]
+    )
+    guidance: Literal["guided", "cond", "none"] = (
+        "guided"  # how rollouts are scored, see `guidance_weights`
+    )
 
     seed: int = 42  # with step, prompt and sample number, all the randomness there is
     micro_batch: int = 64  # rollouts in one forward and backward pass
@@ -80,20 +96,36 @@ class Config:
     lora_rank: int = 0  # train low-rank additions instead of the weights; 0: the weights
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
     explain: bool = False  # tell one step of one group, number by number, and stop
-    dry_run: bool = False  # print the plan, and whether it fits, and stop; needs neither GPU nor weights
+    dry_run: bool = (
+        False  # print the plan, and whether it fits, and stop; needs neither GPU nor weights
+    )
     world_size: int = 0  # dry run: of so many processes [as many as there are]
     gpu_memory: float = 80  # dry run: GB of each
     device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; trained weights stay float32
-    judge_url: tuple[str, ...] = ()  # judge server(s) [tiny: in-process; else http://127.0.0.1:8000/v1]
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # of the arithmetic; trained weights stay float32
+    )
+    judge_url: tuple[
+        str, ...
+    ] = ()  # judge server(s) [tiny: in-process; else http://127.0.0.1:8000/v1]
     judge_model: str | None = None  # the served model's name [the first that is served]
-    references: str | None = None  # reward adversarial: a folder or file of reference pictures [tiny: drawn]
-    adversary_steps: int = 4  # reward adversarial: steps of its discriminator for each of the policy's
-    adversary_update: Literal["always", "beaten"] = "always"  # beaten: only while it is being fooled
-    question: str | None = None  # put to the judge: a text or a file, such as apo.py writes [the judge's own]
+    references: str | None = (
+        None  # reward adversarial: a folder or file of reference pictures [tiny: drawn]
+    )
+    adversary_steps: int = (
+        4  # reward adversarial: steps of its discriminator for each of the policy's
+    )
+    adversary_update: Literal["always", "beaten"] = (
+        "always"  # beaten: only while it is being fooled
+    )
+    question: str | None = (
+        None  # put to the judge: a text or a file, such as apo.py writes [the judge's own]
+    )
     max_failures: float = 0.5  # stop when more than this share of a step's rollouts has no score
 
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # also log there, if it is installed
+    report_to: Literal["none", "tensorboard", "wandb"] = (
+        "none"  # also log there, if it is installed
+    )
     output_dir: str = "runs"  # run folders go here
     run_name: str | None = None  # name of the run folder [made of model, rewards and seed]
     resume: str = "never"  # "latest", or a run folder: go on from its last checkpoint
@@ -145,7 +177,9 @@ def kl_k3(logprobs, reference):
     return d.exp() - d - 1
 
 
-def grpo_loss(logprobs_NS, old_NS, reference_NS, advantages_N, mask_NS, beta, epsilon, epsilon_high):
+def grpo_loss(
+    logprobs_NS, old_NS, reference_NS, advantages_N, mask_NS, beta, epsilon, epsilon_high
+):
     """Per-token loss (N, S), not yet averaged. With one update per rollout old == logprobs in value: the
     ratio is 1 and its gradient is that of the log-probability, REINFORCE with a baseline."""
     ratio = (logprobs_NS - old_NS).exp()
@@ -187,7 +221,9 @@ def rollout(policy, rows, jobs, stream, cfg, halve=True):
     different uses apart: the step while training, -1 in tests, -2 for best-of-n."""
     if len(jobs) > cfg.rollout_batch:
         cut = range(0, len(jobs), cfg.rollout_batch)
-        return generate.join([rollout(policy, rows, jobs[i : i + cfg.rollout_batch], stream, cfg) for i in cut])
+        return generate.join(
+            [rollout(policy, rows, jobs[i : i + cfg.rollout_batch], stream, cfg) for i in cut]
+        )
     keys = [(cfg.seed, stream, i, k) for i, k in jobs]
     weight = guidance_weights(cfg, policy)[0]
     prompts = [rows[i]["prompt"] for i, _ in jobs]
@@ -198,9 +234,14 @@ def rollout(policy, rows, jobs, stream, cfg, halve=True):
             raise
     # In two halves, once: a rollout is the same in any batch. Out here the exception, and the memory it held, are gone.
     torch.cuda.empty_cache()
-    tqdm.write(f"out of memory with {len(jobs)} rollouts at a time: going on with half as many", file=sys.stderr)
+    tqdm.write(
+        f"out of memory with {len(jobs)} rollouts at a time: going on with half as many",
+        file=sys.stderr,
+    )
     middle = len(jobs) // 2
-    return generate.join([rollout(policy, rows, part, stream, cfg, False) for part in (jobs[:middle], jobs[middle:])])
+    return generate.join(
+        [rollout(policy, rows, part, stream, cfg, False) for part in (jobs[:middle], jobs[middle:])]
+    )
 
 
 def slices(rollouts, cfg):
@@ -210,7 +251,9 @@ def slices(rollouts, cfg):
 @torch.no_grad()
 def all_logprobs(policy, rollouts, cfg):
     weight = guidance_weights(cfg, policy)[1]
-    return torch.cat([generate.logprobs(policy, rollouts[s], weight) for s in slices(rollouts, cfg)])
+    return torch.cat(
+        [generate.logprobs(policy, rollouts[s], weight) for s in slices(rollouts, cfg)]
+    )
 
 
 def reference_logprobs(policy, reference, rollouts, cfg):
@@ -228,33 +271,56 @@ def update(policy, reference_NS, optimizer, rollouts, advantages, cfg):
     old, loss_sum, clipped = [], 0.0, 0
     for repetition in range(cfg.updates_per_rollout):
         optimizer.zero_grad()
-        policy.body.train(cfg.gradient_checkpointing)  # transformers checkpoints in training mode only; no dropout in it
+        policy.body.train(
+            cfg.gradient_checkpointing
+        )  # transformers checkpoints in training mode only; no dropout in it
         for i, s in enumerate(slices(rollouts, cfg)):
             logprobs = generate.logprobs(policy, rollouts[s], weight)
             # pi_old is what this very computation gave before the first update, never what the sampler
             # gave: in bfloat16 the two differ, guidance multiplies the difference, and rho leaves the range.
             if repetition == 0:
                 old.append(logprobs.detach())
-            loss = grpo_loss(logprobs, old[i], reference_NS[s], advantages[s], mask[s],
-                             cfg.beta, cfg.epsilon, cfg.epsilon_high).sum() / tokens
+            loss = (
+                grpo_loss(
+                    logprobs,
+                    old[i],
+                    reference_NS[s],
+                    advantages[s],
+                    mask[s],
+                    cfg.beta,
+                    cfg.epsilon,
+                    cfg.epsilon_high,
+                ).sum()
+                / tokens
+            )
             loss.backward()
             rho = (logprobs.detach() - old[i]).exp()
-            clipped += (((rho < 1 - cfg.epsilon) | (rho > 1 + cfg.epsilon_high)) & mask[s]).sum().item()
+            clipped += (
+                (((rho < 1 - cfg.epsilon) | (rho > 1 + cfg.epsilon_high)) & mask[s]).sum().item()
+            )
             loss_sum += loss.item()
         policy.body.eval()
         sum_gradients(policy)
         norm = scale.whole(torch.nn.utils.clip_grad_norm_(trainable(policy), cfg.max_grad_norm))
-        if not norm.isfinite():  # of the sum over all processes, so they agree: nobody takes this step
+        if (
+            not norm.isfinite()
+        ):  # of the sum over all processes, so they agree: nobody takes this step
             optimizer.zero_grad()
             break
         optimizer.step()
     kl = torch.where(mask, kl_k3(torch.cat(old), reference_NS), 0.0).sum().item()
-    sums = scale.gather([torch.tensor([loss_sum, clipped / tokens, kl, len(rollouts)], dtype=torch.float64)])
+    sums = scale.gather(
+        [torch.tensor([loss_sum, clipped / tokens, kl, len(rollouts)], dtype=torch.float64)]
+    )
     loss_sum, clipped, kl, n = torch.stack(sums).sum(0).tolist()
-    return {"loss": loss_sum / cfg.updates_per_rollout, "clip_ratio": clipped / cfg.updates_per_rollout,
-            "kl": kl / n,  # nats a rollout, of the policy that sampled: before this update
-            "grad_norm": norm.item(), "skipped": int(not norm.isfinite()),
-            "learning_rate": optimizer.param_groups[0]["lr"]}
+    return {
+        "loss": loss_sum / cfg.updates_per_rollout,
+        "clip_ratio": clipped / cfg.updates_per_rollout,
+        "kl": kl / n,  # nats a rollout, of the policy that sampled: before this update
+        "grad_norm": norm.item(),
+        "skipped": int(not norm.isfinite()),
+        "learning_rate": optimizer.param_groups[0]["lr"],
+    }
 
 
 def trainable(policy):
@@ -269,7 +335,9 @@ def sum_gradients(policy):
     for parameter in trainable(policy) if dist.is_initialized() else ():
         if parameter.grad is None:  # without --cot the text head has none, on any process
             continue
-        if isinstance(parameter.grad, scale.DTensor):  # sharded: FSDP2 has taken the mean, shard by shard
+        if isinstance(
+            parameter.grad, scale.DTensor
+        ):  # sharded: FSDP2 has taken the mean, shard by shard
             parameter.grad.mul_(dist.get_world_size())
         else:
             dist.all_reduce(parameter.grad)
@@ -280,7 +348,11 @@ def learn(learners, jobs, rollouts):
     the same order; should their arithmetic ever differ, rank 0 is right. Returns metrics."""
     metrics = {}
     if learners:
-        _, prompts, images = zip(*sorted(scale.gather(list(zip(jobs, rollouts.prompts, rollouts.images))), key=lambda e: e[0]))
+        _, prompts, images = zip(
+            *sorted(
+                scale.gather(list(zip(jobs, rollouts.prompts, rollouts.images))), key=lambda e: e[0]
+            )
+        )
     for name, reward in learners.items():
         metrics |= {f"{name}/{key}": value for key, value in reward.learn(prompts, images).items()}
         for parameter in reward.parameters() if dist.is_initialized() else ():
@@ -300,11 +372,18 @@ def test(policy, reference, scorers, rows, cfg, rank, world):
         chosen = [rows[i] for i, _ in batch]
         rollouts = rollout(policy, rows, batch, -1, cfg)
         scores = reward_models.score(scorers, rollouts.prompts, rollouts.images, chosen)
-        k3 = kl_k3(all_logprobs(policy, rollouts, cfg), reference_logprobs(policy, reference, rollouts, cfg))
+        k3 = kl_k3(
+            all_logprobs(policy, rollouts, cfg),
+            reference_logprobs(policy, reference, rollouts, cfg),
+        )
         scores["kl"] = torch.where(rollouts.mask, k3, 0.0).sum(1)
-        records += harness.record(chosen, batch, rollouts, scores | harness.image_statistics(rollouts.images))
+        records += harness.record(
+            chosen, batch, rollouts, scores | harness.image_statistics(rollouts.images)
+        )
         shown += rollouts.images
-    everyone = sorted(scale.gather(list(zip(jobs, records, shown))), key=lambda entry: entry[0][::-1])
+    everyone = sorted(
+        scale.gather(list(zip(jobs, records, shown))), key=lambda entry: entry[0][::-1]
+    )
     return [r for _, r, _ in everyone], [image for *_, image in everyone]
 
 
@@ -331,27 +410,45 @@ def main(cfg):
         from studies import explain  # uphill, for once: the same functions, talking
 
         return explain.explain(cfg)
-    e = harness.prepare(cfg)  # policy, reference, rewards, prompts, optimizer, run folder: `e` for experiment
+    e = harness.prepare(
+        cfg
+    )  # policy, reference, rewards, prompts, optimizer, run folder: `e` for experiment
     if e.state["step"] == 0:
         try_out(e, 0)
     for step in e.log.steps():
-        indices = prompts_of_step(e.rows, step, cfg)[e.rank :: e.world]  # a group stays on one process
+        indices = prompts_of_step(e.rows, step, cfg)[
+            e.rank :: e.world
+        ]  # a group stays on one process
         jobs = [(i, k) for i in indices for k in range(cfg.num_generations)]
         asked = [e.rows[i] for i, _ in jobs]
 
         with scale.gathered(e.policy):
-            rollouts = rollout(e.policy, e.rows, jobs, step, cfg)  # G thoughts and pictures for each prompt
+            rollouts = rollout(
+                e.policy, e.rows, jobs, step, cfg
+            )  # G thoughts and pictures for each prompt
         e.stop_if_asked()  # nothing has been changed by this step: it would be made again
         e.log.tick("rollout")
-        adversary = learn(e.learners, jobs, rollouts)  # a reward that learns does so before it scores them
-        training_scores = reward_models.start_scoring(e.train_on, rollouts.prompts, rollouts.images, asked)
-        reference_NS = reference_logprobs(e.policy, e.reference, rollouts, cfg)  # while a judge far away takes its time
+        adversary = learn(
+            e.learners, jobs, rollouts
+        )  # a reward that learns does so before it scores them
+        training_scores = reward_models.start_scoring(
+            e.train_on, rollouts.prompts, rollouts.images, asked
+        )
+        reference_NS = reference_logprobs(
+            e.policy, e.reference, rollouts, cfg
+        )  # while a judge far away takes its time
         scores = training_scores()  # what trains
-        believed = reward_models.score(e.watch, rollouts.prompts, rollouts.images, asked)  # what does not
-        total = reward_models.combine(scores, e.weights, cfg.num_generations, cfg.combine, e.state["multipliers"])
+        believed = reward_models.score(
+            e.watch, rollouts.prompts, rollouts.images, asked
+        )  # what does not
+        total = reward_models.combine(
+            scores, e.weights, cfg.num_generations, cfg.combine, e.state["multipliers"]
+        )
         e.log.tick("score")
 
-        everyone = torch.tensor(scale.gather(total.tolist()))  # of all processes, for --advantage global; groups stay apart
+        everyone = torch.tensor(
+            scale.gather(total.tolist())
+        )  # of all processes, for --advantage global; groups stay apart
         mine = slice(e.rank * len(total), (e.rank + 1) * len(total))
         advantages = group_advantages(everyone, cfg.num_generations, cfg.advantage)[mine]
         # Linear decay to 0, as T2I-R1 (the Trainer's default): at a constant rate the gradient's noise keeps
@@ -371,7 +468,10 @@ def main(cfg):
 def try_out(e, done):
     """Test the policy as it is after `done` steps."""
     with scale.gathered(e.policy, e.reference):
-        e.log.test(done, *test(e.policy, e.reference, e.train_on | e.watch, e.test_rows, e.cfg, e.rank, e.world))
+        e.log.test(
+            done,
+            *test(e.policy, e.reference, e.train_on | e.watch, e.test_rows, e.cfg, e.rank, e.world),
+        )
 
 
 def finish(e):

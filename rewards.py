@@ -38,15 +38,15 @@ import tyro
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from evaluation import pages as report
 from adversarial_reward import Adversarial, AdversarialPickScore
-from reward_models.grounding_dino import GIT, GDino
 from artifact_reward import ArtifactReward
-from training.files import HERE, usage_error
+from evaluation import pages as report
 from generate import pick_device
+from reward_models.grounding_dino import GIT, GDino
+from reward_models.llava import ORM, Unified, VQAScore
 from reward_models.maniqa import ManiqaReward
 from reward_models.serving import Elsewhere, serve
-from reward_models.llava import ORM, Unified, VQAScore
+from training.files import HERE, usage_error
 
 # --- on a CLIP: what people prefer -------------------------------------------------------------
 
@@ -107,7 +107,9 @@ class Clip:
     def fit(self, image):
         """CLIP's way to a square: the shorter side to the model's size, the middle cut out."""
         scale = self.size / min(image.size)
-        image = image.resize([max(self.size, int(side * scale)) for side in image.size], Image.BICUBIC)
+        image = image.resize(
+            [max(self.size, int(side * scale)) for side in image.size], Image.BICUBIC
+        )
         left, top = (int((side - self.size) / 2) for side in image.size)
         return image.crop((left, top, left + self.size, top + self.size))
 
@@ -115,14 +117,20 @@ class Clip:
         """(3, H, W), normalised. Pillow's resampling, which smooths when shrinking (torchvision's old one,
         on tensors, did not: scores of old code differ a little)."""
         square = self.fit(image.convert("RGB"))
-        data = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(self.size, self.size, 3)
+        data = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(
+            self.size, self.size, 3
+        )
         return ((data / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(2, 0, 1)
 
     def embed_texts(self, prompts):
         """(N, D), of length 1. A prompt that occurs many times, as in a group, is read once."""
         unique = list(dict.fromkeys(prompts))
         words = self.tokenizer(
-            unique, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+            unique,
+            padding="max_length",
+            truncation=True,
+            max_length=self.length,
+            return_tensors="pt",
         )
         text = self.model.get_text_features(**words.to(self.device)).pooler_output
         text = torch.nn.functional.normalize(text.float(), dim=-1)
@@ -141,7 +149,9 @@ class Clip:
     def __call__(self, prompts, images, metadata=None):
         scores = []
         for i in range(0, len(images), 64):
-            picture = self.embed_images(torch.stack([self.pixels(image) for image in images[i : i + 64]]))
+            picture = self.embed_images(
+                torch.stack([self.pixels(image) for image in images[i : i + 64]])
+            )
             scores.append(self.score(picture, prompts[i : i + 64]))
         return torch.cat(scores).cpu()
 
@@ -188,7 +198,9 @@ class PickScore(Clip):
 
     def __init__(self, device="cpu", checkpoint=None):
         folder = str(checkpoint or self.checkpoint)
-        self.prepare(CLIPModel.from_pretrained(folder), folder if Path(folder).is_dir() else CLIP_H, device)
+        self.prepare(
+            CLIPModel.from_pretrained(folder), folder if Path(folder).is_dir() else CLIP_H, device
+        )
 
     def score(self, picture, prompts):
         return self.model.logit_scale.exp() * super().score(picture, prompts)
@@ -212,7 +224,9 @@ class Aesthetic(Clip):
             usage_error(f"aesthetic: {folder / self.head} is missing; it is 4 kB: {self.how}")
         base = str(folder) if (folder / "config.json").is_file() else self.checkpoint
         self.prepare(CLIPModel.from_pretrained(base), base, device)
-        self.linear = torch.nn.Linear(self.model.config.projection_dim, 1).to(device).requires_grad_(False)
+        self.linear = (
+            torch.nn.Linear(self.model.config.projection_dim, 1).to(device).requires_grad_(False)
+        )
         self.linear.load_state_dict(torch.load(folder / self.head, weights_only=True))
 
     def score(self, picture, prompts):
@@ -239,34 +253,77 @@ class ImageReward(Clip):
     range = (-3.0, 3.0)
     checkpoint = "zai-org/ImageReward"
     reference = "ImageReward, arXiv:2304.05977"
-    how = "hf download zai-org/ImageReward ImageReward.pt && hf download bert-base-uncased vocab.txt"
+    how = (
+        "hf download zai-org/ImageReward ImageReward.pt && hf download bert-base-uncased vocab.txt"
+    )
     mean, std, length = 0.16717362830052426, 1.0333394966054072, 35
 
     def __init__(self, device="cpu", checkpoint=None):
-        from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+        from transformers import (
+            BertTokenizer,
+            BlipTextConfig,
+            BlipTextModel,
+            BlipVisionConfig,
+            BlipVisionModel,
+        )
 
         folder = Path(checkpoint or self.checkpoint)
-        weights = folder / "ImageReward.pt" if folder.is_dir() else download(str(folder), "ImageReward.pt")
+        weights = (
+            folder / "ImageReward.pt"
+            if folder.is_dir()
+            else download(str(folder), "ImageReward.pt")
+        )
         state, self.device = torch.load(weights, weights_only=True), device
-        vision = {n.removeprefix("blip.visual_encoder."): v for n, v in state.items() if ".visual_encoder." in n}
-        text = {n.removeprefix("blip.text_encoder."): v for n, v in state.items() if ".text_encoder." in n}
+        vision = {
+            n.removeprefix("blip.visual_encoder."): v
+            for n, v in state.items()
+            if ".visual_encoder." in n
+        }
+        text = {
+            n.removeprefix("blip.text_encoder."): v
+            for n, v in state.items()
+            if ".text_encoder." in n
+        }
         mlp = {n.removeprefix("mlp.layers."): v for n, v in state.items() if n.startswith("mlp.")}
 
         # Every size can be read off the weights; heads are 64 wide in all BLIPs.
         width, patch = vision["cls_token"].shape[-1], vision["patch_embed.proj.weight"].shape[-1]
         self.size = round((vision["pos_embed"].shape[1] - 1) ** 0.5) * patch
         vocabulary, hidden = text["embeddings.word_embeddings.weight"].shape
-        self.vision = BlipVisionModel(BlipVisionConfig(
-            hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64, image_size=self.size,
-            patch_size=patch, num_hidden_layers=layers(vision), hidden_act="gelu", layer_norm_eps=1e-6))
+        self.vision = BlipVisionModel(
+            BlipVisionConfig(
+                hidden_size=width,
+                intermediate_size=4 * width,
+                num_attention_heads=width // 64,
+                image_size=self.size,
+                patch_size=patch,
+                num_hidden_layers=layers(vision),
+                hidden_act="gelu",
+                layer_norm_eps=1e-6,
+            )
+        )
         # is_decoder builds the cross-attention. The forward pass leaves it off: on, the mask would be causal.
-        self.text = BlipTextModel(BlipTextConfig(
-            vocab_size=vocabulary, hidden_size=hidden, encoder_hidden_size=width, intermediate_size=4 * hidden,
-            num_hidden_layers=layers(text), num_attention_heads=hidden // 64, is_decoder=True,
-            max_position_embeddings=len(text["embeddings.position_embeddings.weight"])), add_pooling_layer=False)
-        self.mlp = torch.nn.Sequential(*(  # dropout between the layers, and no activation
-            torch.nn.Linear(*mlp[f"{i}.weight"].T.shape) if f"{i}.weight" in mlp else torch.nn.Identity()
-            for i in range(8)))
+        self.text = BlipTextModel(
+            BlipTextConfig(
+                vocab_size=vocabulary,
+                hidden_size=hidden,
+                encoder_hidden_size=width,
+                intermediate_size=4 * hidden,
+                num_hidden_layers=layers(text),
+                num_attention_heads=hidden // 64,
+                is_decoder=True,
+                max_position_embeddings=len(text["embeddings.position_embeddings.weight"]),
+            ),
+            add_pooling_layer=False,
+        )
+        self.mlp = torch.nn.Sequential(
+            *(  # dropout between the layers, and no activation
+                torch.nn.Linear(*mlp[f"{i}.weight"].T.shape)
+                if f"{i}.weight" in mlp
+                else torch.nn.Identity()
+                for i in range(8)
+            )
+        )
         for pattern, name in BLIP_NAMES:
             vision = {re.sub(pattern, name, n): v for n, v in vision.items()}
         text.pop("embeddings.position_ids", None)  # a constant, not a weight
@@ -280,20 +337,34 @@ class ImageReward(Clip):
         return self.vision(pixels.to(self.device)).last_hidden_state
 
     def score(self, picture, prompts):
-        words = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.length,
-                               return_tensors="pt").to(self.device)
-        seen = self.text(input_ids=words.input_ids, attention_mask=words.attention_mask,
-                         encoder_hidden_states=picture,
-                         encoder_attention_mask=torch.ones(picture.shape[:2], device=self.device))
+        words = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.length,
+            return_tensors="pt",
+        ).to(self.device)
+        seen = self.text(
+            input_ids=words.input_ids,
+            attention_mask=words.attention_mask,
+            encoder_hidden_states=picture,
+            encoder_attention_mask=torch.ones(picture.shape[:2], device=self.device),
+        )
         return (self.mlp(seen.last_hidden_state[:, 0])[:, 0] - self.mean) / self.std
 
 
 def layers(state):
     """How many layers a state dict has."""
-    return 1 + max(int(found[1]) for name in state if (found := re.search(r"\.?(?:blocks|layer)\.(\d+)\.", name)))
+    return 1 + max(
+        int(found[1])
+        for name in state
+        if (found := re.search(r"\.?(?:blocks|layer)\.(\d+)\.", name))
+    )
 
 
-CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # configuration and vocabulary of HPS and PickScore
+CLIP_H = (
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # configuration and vocabulary of HPS and PickScore
+)
 
 
 def download(repository, name):
@@ -303,8 +374,10 @@ def download(repository, name):
     try:
         return hf_hub_download(repository, name)
     except Exception as problem:  # many kinds: no network, no such file, no right to it
-        usage_error(f"{repository}/{name} cannot be had ({type(problem).__name__}); where there is a network: "
-                    f"hf download {repository} {name}")
+        usage_error(
+            f"{repository}/{name} cannot be had ({type(problem).__name__}); where there is a network: "
+            f"hf download {repository} {name}"
+        )
 
 
 # --- no model at all ----------------------------------------------------------------------------
@@ -350,13 +423,17 @@ class Statistic:
 class Brightness(Statistic):
     """Mean value, of hue, saturation and value."""
 
-    measure = staticmethod(lambda image: np.asarray(image.convert("HSV"), np.float32)[..., 2].mean() / 255)
+    measure = staticmethod(
+        lambda image: np.asarray(image.convert("HSV"), np.float32)[..., 2].mean() / 255
+    )
 
 
 class Saturation(Statistic):
     """Mean saturation: preference models like colours, and policies find out."""
 
-    measure = staticmethod(lambda image: np.asarray(image.convert("HSV"), np.float32)[..., 1].mean() / 255)
+    measure = staticmethod(
+        lambda image: np.asarray(image.convert("HSV"), np.float32)[..., 1].mean() / 255
+    )
 
 
 class Edges(Statistic):
@@ -423,7 +500,9 @@ class Gold:
             except ValueError:
                 pass  # stays NaN
         if known:
-            aligned, clean = self.world.gold([prompts[i] for i in known], [images[i] for i in known])
+            aligned, clean = self.world.gold(
+                [prompts[i] for i in known], [images[i] for i in known]
+            )
             scores[known] = self.part(aligned, clean).float()
         return scores
 
@@ -481,7 +560,9 @@ def load(name, device="cpu", checkpoint=None, url=None, **options):
     if checkpoint == "tiny":
         checkpoint = HERE / "tiny_world" / "checkpoints" / getattr(REWARDS[name], "folder", name)
         if REWARDS[name].checkpoint and not checkpoint.is_dir():
-            usage_error(f"{name} has no tiny checkpoint; take the published one (a --model other than tiny)")
+            usage_error(
+                f"{name} has no tiny checkpoint; take the published one (a --model other than tiny)"
+            )
     return REWARDS[name](device=device, checkpoint=checkpoint, **options)
 
 
@@ -500,17 +581,25 @@ def parse_all(text):
     found = []
     parts = [part.strip() for part in text.split(",") if part.strip()]
     for part in (name for part in parts for name in (STATS if part == "stats" else [part])):
-        name, url, weight = re.fullmatch(r"([^:@]*)(?:@(https?://[^/:]+:\d+))?(?::(.*))?|.*", part).groups()
+        name, url, weight = re.fullmatch(
+            r"([^:@]*)(?:@(https?://[^/:]+:\d+))?(?::(.*))?|.*", part
+        ).groups()
         try:
             value = float(weight or 1)
         except ValueError:
             value = math.nan
         if name is None:
-            usage_error(f"--rewards {text}: {part!r} is none of name, name:weight, name@http://host:port:weight")
+            usage_error(
+                f"--rewards {text}: {part!r} is none of name, name:weight, name@http://host:port:weight"
+            )
         if not math.isfinite(value):
-            usage_error(f"--rewards {text}: {weight!r} is no number; write name:weight, as in hps:1,artifact:0.5")
+            usage_error(
+                f"--rewards {text}: {weight!r} is no number; write name:weight, as in hps:1,artifact:0.5"
+            )
         if name not in REWARDS:
-            usage_error(f"--rewards {text}: unknown reward {name!r}; known are {', '.join(REWARDS)}")
+            usage_error(
+                f"--rewards {text}: unknown reward {name!r}; known are {', '.join(REWARDS)}"
+            )
         if name in (known for known, *_ in found):
             usage_error(f"--rewards {text}: {name!r} is named twice; give it one weight")
         found.append((name, value, url))
@@ -525,8 +614,11 @@ def start_scoring(rewards, prompts, images, metadata=None):
     in each other's way. A reward that raises, or that returns another number of scores, ends the run: only
     a *picture* may fail, and is NaN then."""
     pool = ThreadPoolExecutor(max(1, len(rewards)))
-    asked = {name: pool.submit(reward, prompts, images, metadata)
-             for name, reward in rewards.items() if getattr(reward, "remote", False)}
+    asked = {
+        name: pool.submit(reward, prompts, images, metadata)
+        for name, reward in rewards.items()
+        if getattr(reward, "remote", False)
+    }
 
     def finish():
         scores = {}
@@ -534,7 +626,9 @@ def start_scoring(rewards, prompts, images, metadata=None):
             values = asked[name].result() if name in asked else reward(prompts, images, metadata)
             values = torch.as_tensor(values, dtype=torch.float32).cpu()
             if values.shape != (len(images),):
-                raise ValueError(f"reward {name!r} gave {tuple(values.shape)} scores for {len(images)} pictures")
+                raise ValueError(
+                    f"reward {name!r} gave {tuple(values.shape)} scores for {len(images)} pictures"
+                )
             scores[name] = torch.where(values.isfinite(), values, math.nan)
         pool.shutdown()
         return scores
@@ -614,7 +708,9 @@ def refuse_learners(parsed):
     """Pictures alone cannot be scored by what would first have to learn."""
     names = [name for name, *_ in parsed if hasattr(REWARDS[name], "learn")]
     if names:
-        usage_error(f"{', '.join(names)}: knows nothing before it has learned beside a policy; it scores within grpo.py only")
+        usage_error(
+            f"{', '.join(names)}: knows nothing before it has learned beside a policy; it scores within grpo.py only"
+        )
 
 
 # --- command line -----------------------------------------------------------------------------
@@ -639,10 +735,19 @@ class Config:
 def overview(verbose):
     rows = []
     for name, kind in REWARDS.items():
-        rows.append({"name": name, "range": f"{kind.range[0]:g} to {kind.range[1]:g}", "needs": ", ".join(kind.needs) or "-",
-                     "checkpoint": kind.checkpoint or "-", "reference": kind.reference})
+        rows.append(
+            {
+                "name": name,
+                "range": f"{kind.range[0]:g} to {kind.range[1]:g}",
+                "needs": ", ".join(kind.needs) or "-",
+                "checkpoint": kind.checkpoint or "-",
+                "reference": kind.reference,
+            }
+        )
         if verbose:
-            rows[-1]["to have it"] = getattr(kind, "how", f"hf download {kind.checkpoint}" if kind.checkpoint else "-")
+            rows[-1]["to have it"] = getattr(
+                kind, "how", f"hf download {kind.checkpoint}" if kind.checkpoint else "-"
+            )
     return rows
 
 
@@ -652,17 +757,28 @@ def main(cfg):
     if cfg.command == "score" and cfg.images:
         import evaluate  # uphill, for once: scoring a folder is its business
 
-        return evaluate.main(evaluate.Config(images=cfg.images, prompts=cfg.prompts, rewards=cfg.reward, model=cfg.model))
-    parsed, checkpoint = parse_all(cfg.reward), cfg.checkpoint or ("tiny" if cfg.model == "tiny" else None)
+        return evaluate.main(
+            evaluate.Config(
+                images=cfg.images, prompts=cfg.prompts, rewards=cfg.reward, model=cfg.model
+            )
+        )
+    parsed, checkpoint = (
+        parse_all(cfg.reward),
+        cfg.checkpoint or ("tiny" if cfg.model == "tiny" else None),
+    )
     if not parsed or len(parsed) > 1 and cfg.command == "serve":
-        usage_error(f"{cfg.reward!r}: name a reward to score with, or one to serve; --list shows them")
+        usage_error(
+            f"{cfg.reward!r}: name a reward to score with, or one to serve; --list shows them"
+        )
     if cfg.command == "score" and not cfg.files:
-        usage_error('give pictures as well: python rewards.py score hps picture.png --prompt "a red star", or a folder, '
-                    "--images DIR --prompts FILE")
+        usage_error(
+            'give pictures as well: python rewards.py score hps picture.png --prompt "a red star", or a folder, '
+            "--images DIR --prompts FILE"
+        )
     refuse_learners(parsed)
     loaded = {name: load(name, pick_device("auto")[0], checkpoint, url) for name, _, url in parsed}
     if cfg.command == "serve":
-        (name, reward), = loaded.items()
+        ((name, reward),) = loaded.items()
         server = serve(name, reward, cfg.port, cfg.host)
         print(f"use it as --rewards {name}@http://{cfg.host}:{server.server_port}", flush=True)
         return server.serve_forever()

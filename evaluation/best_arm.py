@@ -61,8 +61,11 @@ def ucb(race, keep, budget, batch=16, c=1.0):
     for question in race.scores:
         race.run(question, batch)
     for t in range(len(race.scores), max(len(race.scores), int(budget / batch))):
-        hopes = {q: s.mean() + c * math.sqrt(math.log(t) / (len(s) / batch))
-                 for q, s in race.scores.items() if len(s) < len(race.examples)}
+        hopes = {
+            q: s.mean() + c * math.sqrt(math.log(t) / (len(s) / batch))
+            for q, s in race.scores.items()
+            if len(s) < len(race.examples)
+        }
         if not hopes:
             break
         chosen = max(hopes, key=hopes.get)
@@ -97,5 +100,9 @@ def successive_halving(race, keep, budget):
     return survivors[:keep]
 
 
-SELECT = {"full": full, "ucb": ucb, "successive-rejects": successive_rejects,
-          "successive-halving": successive_halving}
+SELECT = {
+    "full": full,
+    "ucb": ucb,
+    "successive-rejects": successive_rejects,
+    "successive-halving": successive_halving,
+}

@@ -29,9 +29,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from evaluation import pages as report
-from training.files import atomic, read_jsonl, usage_error
 from evaluation.pages import interval, mean
 from tiny_world.world import CLEAN_ENOUGH
+from training.files import atomic, read_jsonl, usage_error
 
 STRIP = 12  # pictures in the strip of fixed prompts
 COLUMNS = 16  # pictures in a row of a sheet
@@ -41,7 +41,9 @@ def read_run(run):
     """(flags, training metrics, test metrics, best-of-n pool) of a run folder."""
     run = Path(run)
     if not ((run / "test.jsonl").is_file() and (run / "config.json").is_file()):
-        usage_error(f"{run}: no run to be evaluated there (no test.jsonl); make one with torchrun grpo.py")
+        usage_error(
+            f"{run}: no run to be evaluated there (no test.jsonl); make one with torchrun grpo.py"
+        )
     config = json.loads((run / "config.json").read_text())
     pool = read_jsonl(run / "best_of_n.jsonl") if (run / "best_of_n.jsonl").is_file() else []
     steps = read_jsonl(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
@@ -69,7 +71,11 @@ def test_means(records):
 
 
 def artifact_free(record):
-    return math.nan if math.isnan(record["gold-clean"]) else float(record["gold-clean"] >= CLEAN_ENOUGH)
+    return (
+        math.nan
+        if math.isnan(record["gold-clean"])
+        else float(record["gold-clean"] >= CLEAN_ENOUGH)
+    )
 
 
 def best_of_n(pool, n, value):
@@ -94,15 +100,22 @@ def within_prompt_std(pool, name):
     for r in pool:
         if math.isfinite(r[name]):
             prompts[r["id"]].append(r[name])
-    return math.sqrt(mean(statistics.variance(scores) for scores in prompts.values() if len(scores) > 1))
+    return math.sqrt(
+        mean(statistics.variance(scores) for scores in prompts.values() if len(scores) > 1)
+    )
 
 
 def paired(before, after, name):
     """Mean and standard error of after - before, picture by picture: records with the same id and sample."""
     known = {(r["id"], r["sample"]): r[name] for r in before if math.isfinite(r[name])}
-    gains = [r[name] - known[r["id"], r["sample"]] for r in after
-             if (r["id"], r["sample"]) in known and math.isfinite(r[name])]
-    return mean(gains), statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+    gains = [
+        r[name] - known[r["id"], r["sample"]]
+        for r in after
+        if (r["id"], r["sample"]) in known and math.isfinite(r[name])
+    ]
+    return mean(gains), statistics.stdev(gains) / math.sqrt(len(gains)) if len(
+        gains
+    ) > 1 else math.nan
 
 
 def onset(run, truth="gold"):
@@ -110,8 +123,14 @@ def onset(run, truth="gold"):
     config, _, tests, _ = read_run(run)
     if truth not in tests[0]:
         return None
-    proxy, peak, last = names_in(config, "rewards")[0], max(tests, key=lambda t: t[truth]), tests[-1]
-    records = [read_jsonl(Path(run) / "tests" / f"step_{t['step']:06d}.jsonl") for t in (peak, last)]
+    proxy, peak, last = (
+        names_in(config, "rewards")[0],
+        max(tests, key=lambda t: t[truth]),
+        tests[-1],
+    )
+    records = [
+        read_jsonl(Path(run) / "tests" / f"step_{t['step']:06d}.jsonl") for t in (peak, last)
+    ]
     change, error = paired(*records, truth)
     return peak["step"] if change < -2 * error and last[proxy] > peak[proxy] else None
 
@@ -128,16 +147,31 @@ def drivers(run, steps=10):
         G = config["flags"]["num_generations"]
         for name in names if records else []:
             scores = np.array([[r[name] for r in step] for step in records]).reshape(-1, G)
-            advantages = np.array([[r["advantage"] for r in step] for step in records]).reshape(-1, G)
+            advantages = np.array([[r["advantage"] for r in step] for step in records]).reshape(
+                -1, G
+            )
             centered = scores - np.nanmean(scores, 1, keepdims=True)
             known = np.isfinite(centered)
-            ties = np.isclose(scores[:, :, None], scores[:, None], atol=1e-6, rtol=0)[:, *np.triu_indices(G, 1)]
+            ties = np.isclose(scores[:, :, None], scores[:, None], atol=1e-6, rtol=0)[
+                :, *np.triu_indices(G, 1)
+            ]
             moving = known.sum() > 1 and centered[known].std() > 0 and advantages[known].std() > 0
-            rows.append({"steps": f"{title} {len(records)}", "reward": name,
-                         "role": "trains" if name in names_in(config, "rewards") else "only watched",
-                         "std within a group": float(np.sqrt((centered[known] ** 2).mean() * G / (G - 1))),
-                         "ties": float(ties.mean()), "correlation with the advantage":
-                         float(np.corrcoef(centered[known], advantages[known])[0, 1]) if moving else math.nan})
+            rows.append(
+                {
+                    "steps": f"{title} {len(records)}",
+                    "reward": name,
+                    "role": "trains" if name in names_in(config, "rewards") else "only watched",
+                    "std within a group": float(
+                        np.sqrt((centered[known] ** 2).mean() * G / (G - 1))
+                    ),
+                    "ties": float(ties.mean()),
+                    "correlation with the advantage": float(
+                        np.corrcoef(centered[known], advantages[known])[0, 1]
+                    )
+                    if moving
+                    else math.nan,
+                }
+            )
     return rows
 
 
@@ -152,20 +186,40 @@ def seeds_table(runs):
     rows = []
     for trained, members in groups.items():
         title = f"`{trained}`, {len(members)} seed{'s' if len(members) > 1 else ''}"
-        for name in (key for key in members[0][1][0] if key != "step" and not key.startswith("image/")):
+        for name in (
+            key for key in members[0][1][0] if key != "step" and not key.startswith("image/")
+        ):
             before, after = ([tests[i][name] for _, tests, _ in members] for i in (0, -1))
             change, width = interval([b - a for a, b in zip(before, after)])
-            text = f"{change:+.3f}" + (f" ± {width:.3f}" if math.isfinite(width) else ", one seed: no interval")
+            text = f"{change:+.3f}" + (
+                f" ± {width:.3f}" if math.isfinite(width) else ", one seed: no interval"
+            )
             if all(pool and name in pool[0] for *_, pool in members) and "gold" not in name:
                 spread = mean(within_prompt_std(pool, name) for *_, pool in members)
                 text += f" ({change / spread:+.1f} within-prompt deviations)"
-            rows.append({"trained on": title, "measured": name, "before": mean(before), "after": mean(after),
-                         "change, 95 % over seeds": text})
+            rows.append(
+                {
+                    "trained on": title,
+                    "measured": name,
+                    "before": mean(before),
+                    "after": mean(after),
+                    "change, 95 % over seeds": text,
+                }
+            )
             title = ""
         parted = [onset(run) for run, *_ in members]
         if "gold" in members[0][1][0]:
-            rows.append({"trained on": "", "measured": "onset of hacking", "before": "", "after": "",
-                         "change, 95 % over seeds": ", ".join("none" if p is None else f"step {p}" for p in parted)})
+            rows.append(
+                {
+                    "trained on": "",
+                    "measured": "onset of hacking",
+                    "before": "",
+                    "after": "",
+                    "change, 95 % over seeds": ", ".join(
+                        "none" if p is None else f"step {p}" for p in parted
+                    ),
+                }
+            )
         if all(pool for *_, pool in members):
             rows += best_of_rows([pool for *_, pool in members], trained)
     return rows
@@ -182,8 +236,16 @@ def best_of_rows(pools, trained):
     for name, value in values.items():
         before, after = ([best_of_n(pool, k, value) for pool in pools] for k in (1, n))
         change, width = interval([b - a for a, b in zip(before, after)])
-        rows.append({"trained on": "", "measured": f"best of {n}: {name}", "before": mean(before), "after": mean(after),
-                     "change, 95 % over seeds": f"{change:+.3f}" + (f" ± {width:.3f}" if math.isfinite(width) else "")})
+        rows.append(
+            {
+                "trained on": "",
+                "measured": f"best of {n}: {name}",
+                "before": mean(before),
+                "after": mean(after),
+                "change, 95 % over seeds": f"{change:+.3f}"
+                + (f" ± {width:.3f}" if math.isfinite(width) else ""),
+            }
+        )
     return rows
 
 
@@ -193,7 +255,11 @@ def best_of_rows(pools, trained):
 def diversity(images, group_size):
     """Mean distance of two pictures of one group, at 32 x 32: root mean square over pixels, in [0, 1]. A
     policy that paints one picture for all has none. Returns one number a group."""
-    small = torch.tensor(np.stack([np.asarray(image.convert("RGB").resize((32, 32)), np.float32) for image in images]))
+    small = torch.tensor(
+        np.stack(
+            [np.asarray(image.convert("RGB").resize((32, 32)), np.float32) for image in images]
+        )
+    )
     groups = (small / 255).view(len(images) // group_size, group_size, -1)
     distances = torch.cdist(groups, groups) / groups.shape[-1] ** 0.5
     return (distances.sum((1, 2)) / (group_size * (group_size - 1))).tolist()
@@ -203,7 +269,9 @@ def save_strip(images, path, side=96):
     """The pictures of the fixed prompts, side by side, in one PNG."""
     strip = Image.new("RGB", ((side + 4) * len(images), side), "white")
     for i, image in enumerate(images):
-        how = Image.NEAREST if image.width < side else Image.LANCZOS  # small pictures keep their pixels
+        how = (
+            Image.NEAREST if image.width < side else Image.LANCZOS
+        )  # small pictures keep their pixels
         strip.paste(image.resize((side, side), how), (i * (side + 4), 0))
     with atomic(path, "wb") as file:
         strip.save(file, "PNG")
@@ -237,10 +305,14 @@ def training_grid(run, path, rows=11):
         strips = [strips[round(i * (len(strips) - 1) / (rows - 1))] for i in range(rows)]
     rows = [Image.open(strip) for strip in strips]
     margin, gap = 70, 4
-    grid = Image.new("RGB", (margin + rows[0].width, sum(row.height + gap for row in rows)), "white")
+    grid = Image.new(
+        "RGB", (margin + rows[0].width, sum(row.height + gap for row in rows)), "white"
+    )
     pen, y = ImageDraw.Draw(grid), 0
     for strip, row in zip(strips, rows):
-        pen.text((4, y + row.height // 2 - 6), f"step {int(strip.stem.split('_')[1])}", fill="black")
+        pen.text(
+            (4, y + row.height // 2 - 6), f"step {int(strip.stem.split('_')[1])}", fill="black"
+        )
         grid.paste(row, (margin, y))
         y += row.height + gap
     with atomic(path, "wb") as file:
@@ -260,8 +332,12 @@ def hacking_figure(runs, path):
     kinds = defaultdict(list)  # training rewards -> [(run, tests, pool)]
     for run, config, _, tests, pool in read:
         kinds[config["flags"]["rewards"]].append((run, tests, pool))
-    proxies = list(dict.fromkeys(name for _, config, *_ in read for name in names_in(config, "rewards")))
-    watched = dict.fromkeys(name for _, config, *_ in read for name in names_in(config, "eval_rewards"))
+    proxies = list(
+        dict.fromkeys(name for _, config, *_ in read for name in names_in(config, "rewards"))
+    )
+    watched = dict.fromkeys(
+        name for _, config, *_ in read for name in names_in(config, "eval_rewards")
+    )
     truths = ["artifact-free" if name == "gold-clean" else name for name in watched]
     panels = [*proxies, *truths]
     figure = plt.figure(figsize=(3 * len(panels), 7.5 + 0.8 * len(kinds)), layout="constrained")
@@ -270,16 +346,24 @@ def hacking_figure(runs, path):
     for column, name in zip(axes.T, panels):
         for number, (kind, members) in enumerate(kinds.items()):
             draw_kind(column, name, kind, members, f"C{number}")
-        column[0].set_title(f"{name} ({'a proxy' if name in proxies else 'only watched'})", fontsize=10)
+        column[0].set_title(
+            f"{name} ({'a proxy' if name in proxies else 'only watched'})", fontsize=10
+        )
         column[0].set_xlabel("step")
         column[1].set_xlabel("sqrt(KL to the base policy)")
         for axis in column:
             axis.grid(alpha=0.3)
-    handles = {label: handle for axis in axes[1] for handle, label in zip(*axis.get_legend_handles_labels())}
+    handles = {
+        label: handle
+        for axis in axes[1]
+        for handle, label in zip(*axis.get_legend_handles_labels())
+    }
     above.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
     strips = [("before", sorted((read[0][0] / "samples").glob("step_*.png"))[0])]
-    strips += [(f"after GRPO on {kind}", sorted((members[0][0] / "samples").glob("step_*.png"))[-1])
-               for kind, members in kinds.items()]
+    strips += [
+        (f"after GRPO on {kind}", sorted((members[0][0] / "samples").glob("step_*.png"))[-1])
+        for kind, members in kinds.items()
+    ]
     for axis, (title, strip) in zip(below.subplots(len(strips), 1, squeeze=False)[:, 0], strips):
         axis.imshow(Image.open(strip))
         axis.set_title(title, fontsize=9, loc="left", pad=2)
@@ -303,13 +387,25 @@ def draw_kind(column, name, kind, members, color):
     if by_step:
         center, width = np.array([interval(values) for _, values in sorted(by_step.items())]).T
         column[0].plot(sorted(by_step), center, "o-", color=color, markersize=3)
-        column[0].fill_between(sorted(by_step), center - width, center + width, color=color, alpha=0.15)
+        column[0].fill_between(
+            sorted(by_step), center - width, center + width, color=color, alpha=0.15
+        )
     pool = members[0][2]
     if pool and (name in pool[0] or name == "artifact-free"):
         ns = [2**i for i in range(10) if 2**i <= max(r["sample"] for r in pool) + 1]
-        chosen = [best_of_n(pool, n, artifact_free if name == "artifact-free" else lambda r: r[name]) for n in ns]
-        column[1].plot([math.sqrt(math.log(n) - (n - 1) / n) for n in ns], chosen, "s--", color=color, alpha=0.6,
-                       markersize=3, label=f"best of n by {kind}, n to {ns[-1]}")
+        chosen = [
+            best_of_n(pool, n, artifact_free if name == "artifact-free" else lambda r: r[name])
+            for n in ns
+        ]
+        column[1].plot(
+            [math.sqrt(math.log(n) - (n - 1) / n) for n in ns],
+            chosen,
+            "s--",
+            color=color,
+            alpha=0.6,
+            markersize=3,
+            label=f"best of n by {kind}, n to {ns[-1]}",
+        )
 
 
 # --- the page -----------------------------------------------------------------------------------
@@ -322,8 +418,11 @@ def report_page(run):
     hacking_figure([run], run / "hacking.png")
     training_grid(run, run / "training.png")
     trained, parted = names_in(config, "rewards"), onset(run)
-    said = (f"Reward and truth part company at step {parted}." if parted is not None else
-            "No onset of hacking by the rule: gold did not fall from its highest value, or no reward rose meanwhile.")
+    said = (
+        f"Reward and truth part company at step {parted}."
+        if parted is not None
+        else "No onset of hacking by the rule: gold did not fall from its highest value, or no reward rose meanwhile."
+    )
     body = f"""<p><code>{html.escape(config["command"])}</code></p>
 <p>Trained on {html.escape(", ".join(trained))}. Everything else was only watched. {said}</p>
 <h2>Proxy and truth</h2>{report.picture(run / "hacking.png")}
@@ -341,7 +440,9 @@ def report_page(run):
 def worst_gaps(run, trained, n=24):
     """The test pictures that the reward likes more than the truth does, in deviations: before and after."""
     records = read_jsonl(sorted((run / "tests").glob("step_*.jsonl"))[-1])
-    before, after = (cut_sheet(run / "tests" / f"{name}.png", len(records)) for name in ("first", "last"))
+    before, after = (
+        cut_sheet(run / "tests" / f"{name}.png", len(records)) for name in ("first", "last")
+    )
     truth = "gold" if "gold" in records[0] else None
 
     def z(name):
@@ -350,9 +451,15 @@ def worst_gaps(run, trained, n=24):
 
     gap = sum(z(name) for name in trained) - (len(trained) * z(truth) if truth else 0)
     order = [i for i in np.argsort(-gap) if math.isfinite(gap[i])][:n]
-    return [{"before": before[i] or "", "after": after[i] or ""}
-            | {name: value for name, value in records[i].items() if name not in ("id", "sample") and "/" not in name}
-            for i in order]
+    return [
+        {"before": before[i] or "", "after": after[i] or ""}
+        | {
+            name: value
+            for name, value in records[i].items()
+            if name not in ("id", "sample") and "/" not in name
+        }
+        for i in order
+    ]
 
 
 def groups_of_last_step(run, config, n=6):
@@ -364,8 +471,12 @@ def groups_of_last_step(run, config, n=6):
     pictures, parts = cut_sheet(sheets[-1], len(records)), []
     for start in range(0, min(n * G, len(records)), G):
         ranked = sorted(range(start, start + G), key=lambda i: -records[i]["advantage"])
-        shown = "".join(f"<td>{report.picture(pictures[i])}<br>reward {records[i]['total']:.2f}<br>"
-                        f"A {records[i]['advantage']:+.2f}<br><small>{html.escape(records[i]['thought'])}</small></td>"
-                        for i in ranked)
-        parts.append(f"<p>{html.escape(records[start]['prompt'])}</p><div class='wide'><table><tr>{shown}</tr></table></div>")
+        shown = "".join(
+            f"<td>{report.picture(pictures[i])}<br>reward {records[i]['total']:.2f}<br>"
+            f"A {records[i]['advantage']:+.2f}<br><small>{html.escape(records[i]['thought'])}</small></td>"
+            for i in ranked
+        )
+        parts.append(
+            f"<p>{html.escape(records[start]['prompt'])}</p><div class='wide'><table><tr>{shown}</tr></table></div>"
+        )
     return "\n".join(parts)

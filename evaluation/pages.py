@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-
 # --- numbers ------------------------------------------------------------------------------------
 
 
@@ -131,7 +130,9 @@ def page(title, body):
     """A whole page around a body that is HTML already."""
     script = base64.b64encode(hashlib.sha256(SORT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
-            f'<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">\n'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{STYLE}</style>\n'
-            f"<h1>{html.escape(title)}</h1>\n{body}\n<script>{SORT}</script></html>\n")
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{STYLE}</style>\n'
+        f"<h1>{html.escape(title)}</h1>\n{body}\n<script>{SORT}</script></html>\n"
+    )

@@ -27,23 +27,28 @@ from artifact_reward import picture_part
 CRITERIA = {
     "legacy": {
         "consistency": "does it show what the prompt asks for, in the sense that the explanation gives? "
-                       "0: a key element is missing or contradicted; 1: in part; 2: completely",
+        "0: a key element is missing or contradicted; 1: in part; 2: completely",
         "realism": "could it be real: materials, light, proportions, physics? 0: plainly impossible or "
-                   "artificial; 1: small inconsistencies; 2: like a photograph",
+        "artificial; 1: small inconsistencies; 2: like a photograph",
         "aesthetic_quality": "composition, colour, appeal. 0: poor; 1: acceptable; 2: outstanding",
     },
     "verified": {
         "score": "does the picture show what the prompt asks for, in the sense that the explanation gives? "
-                 "0: something required is missing or wrong; 1: everything required is there and right",
+        "0: something required is missing or wrong; 1: everything required is there and right"
     },
 }
 
 
 def instruction(protocol, prompt, explanation):
-    asked = "\n".join(f"{name.replace('_', ' ').capitalize()}: {text}." for name, text in CRITERIA[protocol].items())
-    return (f"Judge strictly whether a generated picture meets these criteria; when in doubt, give the lower value.\n"
-            f"{asked}\n\nPrompt: {prompt}\nExplanation: {explanation}\n\n"
-            "Answer with one line for each criterion, its name, a colon and the number, and nothing else.")
+    asked = "\n".join(
+        f"{name.replace('_', ' ').capitalize()}: {text}."
+        for name, text in CRITERIA[protocol].items()
+    )
+    return (
+        f"Judge strictly whether a generated picture meets these criteria; when in doubt, give the lower value.\n"
+        f"{asked}\n\nPrompt: {prompt}\nExplanation: {explanation}\n\n"
+        "Answer with one line for each criterion, its name, a colon and the number, and nothing else."
+    )
 
 
 def read_scores(text, protocol):
@@ -55,7 +60,9 @@ def read_scores(text, protocol):
     True"""
     scores, highest = {}, 2 if protocol == "legacy" else 1
     for name in CRITERIA[protocol]:
-        found = re.findall(rf"\b{name.replace('_', '[ _]')}\**\s*:\s*\**\s*(-?\d+(?:\.\d+)?)", text, re.IGNORECASE)
+        found = re.findall(
+            rf"\b{name.replace('_', '[ _]')}\**\s*:\s*\**\s*(-?\d+(?:\.\d+)?)", text, re.IGNORECASE
+        )
         if len(set(found)) != 1 or not found[0].isdigit() or not int(found[0]) <= highest:
             return None
         scores[name] = int(found[0])
@@ -80,8 +87,15 @@ def judge_folder(judge, protocol, matched, open_picture):
     def one(entry):
         row, path = entry
         image = open_picture(path)
-        scores, said = judge_one(judge, protocol, row, image) if image else (None, "no readable picture")
+        scores, said = (
+            judge_one(judge, protocol, row, image) if image else (None, "no readable picture")
+        )
         scores = scores or dict.fromkeys(CRITERIA[protocol], math.nan)
-        return {"prompt_id": int(row["id"]), "Subcategory": row["tag"], **scores, "evaluation": said}
+        return {
+            "prompt_id": int(row["id"]),
+            "Subcategory": row["tag"],
+            **scores,
+            "evaluation": said,
+        }
 
     return list(tqdm(judge.pool.map(one, firsts), total=len(firsts), desc=f"WISE, {protocol}"))

@@ -37,13 +37,20 @@ class DeQA:
 
     def __call__(self, prompts, images, metadata=None):
         """(N,), without a look at the prompts."""
-        parts = [self.scorer(images[i : i + self.batch]).float().cpu() for i in range(0, len(images), self.batch)]
+        parts = [
+            self.scorer(images[i : i + self.batch]).float().cpu()
+            for i in range(0, len(images), self.batch)
+        ]
         return torch.cat(parts)
 
 
 if __name__ == "__main__":
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--checkpoint", default="zhiyuanyou/DeQA-Score-Mix3", help="folder or hub name")
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument(
+        "--checkpoint", default="zhiyuanyou/DeQA-Score-Mix3", help="folder or hub name"
+    )
     flags.add_argument("--device", default="cuda:0")
     flags.add_argument("--port", type=int, default=8101)
     flags.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")

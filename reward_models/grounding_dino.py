@@ -46,8 +46,14 @@ def suppress(boxes, scores, threshold=0.5):
 
 # Words of place -> direction of the first object as seen from the second. The released code has no branch for
 # "above" and "on top of": the place of one spatial prompt in five (437 of 2,195) is never rewarded.
-DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "top of": (0, -1),
-              "below": (0, 1), "bottom of": (0, 1)}
+DIRECTIONS = {
+    "left of": (-1, 0),
+    "right of": (1, 0),
+    "above": (0, -1),
+    "top of": (0, -1),
+    "below": (0, 1),
+    "bottom of": (0, 1),
+}
 NEAR = 0.4  # of the picture's side: 150 of 384 pixels. The released code compares 150 with shares: always near.
 
 
@@ -111,7 +117,12 @@ class GDino:
         )
 
         folder = str(checkpoint or self.checkpoint)
-        self.model = GroundingDinoForObjectDetection.from_pretrained(folder).to(device).eval().requires_grad_(False)
+        self.model = (
+            GroundingDinoForObjectDetection.from_pretrained(folder)
+            .to(device)
+            .eval()
+            .requires_grad_(False)
+        )
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.processor, self.device = GroundingDinoImageProcessorPil.from_pretrained(folder), device
 
@@ -119,12 +130,21 @@ class GDino:
     def detect(self, phrases, images):
         """phrases: a list for each picture. Returns for each picture phrase -> [(score, box)]."""
         captions = [" . ".join(wanted).lower() + "." for wanted in phrases]
-        words = self.tokenizer(captions, padding=True, return_tensors="pt", return_offsets_mapping=True)
+        words = self.tokenizer(
+            captions, padding=True, return_tensors="pt", return_offsets_mapping=True
+        )
         offsets = words.pop("offset_mapping").tolist()
-        pixels = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        pixels = self.processor(
+            images=[image.convert("RGB") for image in images], return_tensors="pt"
+        )
         output = self.model(**words.to(self.device), **pixels.to(self.device))
-        probabilities, boxes = output.logits.float().sigmoid().cpu(), output.pred_boxes.float().cpu()
-        corners = torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
+        probabilities, boxes = (
+            output.logits.float().sigmoid().cpu(),
+            output.pred_boxes.float().cpu(),
+        )
+        corners = torch.cat(
+            [boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1
+        )
         results = []
         for i, wanted in enumerate(phrases):
             found, start = {}, 0
@@ -132,7 +152,9 @@ class GDino:
                 # All tokens of the phrase, however many words it has. (The released code takes the first word and
                 # the last, and never recognises a noun of three words again.)
                 end = start + len(phrase)
-                columns = [t for t, (s, e) in enumerate(offsets[i]) if s >= start and e <= end and e > s]
+                columns = [
+                    t for t, (s, e) in enumerate(offsets[i]) if s >= start and e <= end and e > s
+                ]
                 score = probabilities[i][:, columns].mean(1)
                 hits = (score > self.threshold).nonzero()[:, 0].tolist()
                 found[phrase] = [(score[q].item(), corners[i, q].tolist()) for q in hits]
@@ -145,7 +167,9 @@ class GDino:
         known = [i for i, row in enumerate(rows) if phrases_of(row)]
         for start in range(0, len(known), 8):
             part = known[start : start + 8]
-            for i, found in zip(part, self.detect([phrases_of(rows[i]) for i in part], [images[i] for i in part])):
+            for i, found in zip(
+                part, self.detect([phrases_of(rows[i]) for i in part], [images[i] for i in part])
+            ):
                 scores[i] = detection_score(found, rows[i])
         return torch.tensor(scores)
 
@@ -171,29 +195,45 @@ class GIT:
         self.model = GitForCausalLM.from_pretrained(folder).to(device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.processor, self.device = CLIPImageProcessorPil.from_pretrained(folder), device
-        self.yes, self.no = (self.tokenizer.encode(word, add_special_tokens=False)[0] for word in ("yes", "no"))
+        self.yes, self.no = (
+            self.tokenizer.encode(word, add_special_tokens=False)[0] for word in ("yes", "no")
+        )
 
     @torch.inference_mode()
     def answer(self, questions, images):
         """P(yes) / (P(yes) + P(no)) for each question and its picture, (N,)."""
         # [CLS] and the words, no [SEP]: the answer goes on from the question.
-        ids = [[self.tokenizer.cls_token_id, *self.tokenizer.encode(q, add_special_tokens=False)] for q in questions]
-        words = self.tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt").to(self.device)
-        pixels = self.processor([image.convert("RGB") for image in images], return_tensors="pt").to(self.device)
+        ids = [
+            [self.tokenizer.cls_token_id, *self.tokenizer.encode(q, add_special_tokens=False)]
+            for q in questions
+        ]
+        words = self.tokenizer.pad(
+            {"input_ids": ids}, padding_side="right", return_tensors="pt"
+        ).to(self.device)
+        pixels = self.processor([image.convert("RGB") for image in images], return_tensors="pt").to(
+            self.device
+        )
         logits = self.model(**words, **pixels).logits.float()
-        last = logits.shape[1] - words.input_ids.shape[1] + words.attention_mask.sum(1) - 1  # after the picture's tokens
+        last = (
+            logits.shape[1] - words.input_ids.shape[1] + words.attention_mask.sum(1) - 1
+        )  # after the picture's tokens
         both = logits[torch.arange(len(ids)), last][:, [self.yes, self.no]]
         return both.softmax(-1)[:, 0].cpu()
 
     def __call__(self, prompts, images, metadata=None):
         rows, jobs, scores = list(metadata or [{}] * len(images)), [], []
         for i, row in enumerate(rows):
-            jobs += [(i, f"{noun}?") for noun in row.get("attr_nouns") or row.get("nouns") or []
-                     if not (row.get("spatial_info") or row.get("numeracy_info"))]
+            jobs += [
+                (i, f"{noun}?")
+                for noun in row.get("attr_nouns") or row.get("nouns") or []
+                if not (row.get("spatial_info") or row.get("numeracy_info"))
+            ]
         answers = [[] for _ in images]
         for start in range(0, len(jobs), 32):
             part = jobs[start : start + 32]
-            for (i, _), p in zip(part, self.answer([q for _, q in part], [images[i] for i, _ in part]).tolist()):
+            for (i, _), p in zip(
+                part, self.answer([q for _, q in part], [images[i] for i, _ in part]).tolist()
+            ):
                 answers[i].append(p)
         for row, mine in zip(rows, answers):
             elsewhere = row.get("spatial_info") or row.get("numeracy_info")

@@ -41,19 +41,31 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads, window=None):
         super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads, self.qkv, self.proj = (
+            heads,
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
         if window:
-            self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
-            places = torch.cartesian_prod(torch.arange(window), torch.arange(window))  # (w*w, 2): row, column
+            self.relative_position_bias_table = nn.Parameter(
+                torch.zeros((2 * window - 1) ** 2, heads)
+            )
+            places = torch.cartesian_prod(
+                torch.arange(window), torch.arange(window)
+            )  # (w*w, 2): row, column
             apart = places[:, None] - places[None] + window - 1
-            self.register_buffer("relative_position_index", apart[..., 0] * (2 * window - 1) + apart[..., 1])
+            self.register_buffer(
+                "relative_position_index", apart[..., 0] * (2 * window - 1) + apart[..., 1]
+            )
 
     def forward(self, x, mask=None):
         B, N, C = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         logits = q @ k.mT * q.shape[-1] ** -0.5
         if hasattr(self, "relative_position_bias_table"):
-            logits = logits + self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+            logits = logits + self.relative_position_bias_table[
+                self.relative_position_index
+            ].permute(2, 0, 1)
         if mask is not None:  # (W, w*w, w*w), the same for every crop and head
             logits = (logits.view(-1, len(mask), *logits.shape[1:]) + mask[:, None]).view_as(logits)
         return self.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(B, N, C))
@@ -80,7 +92,10 @@ class ViT(nn.Module):
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv2d(3, width, patch, patch)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)  # in the checkpoint, never used
+        self.norm, self.head = (
+            nn.LayerNorm(width),
+            nn.Linear(width, classes),
+        )  # in the checkpoint, never used
 
     def forward(self, pixels):
         """(B, 3, S, S) -> (B, N, 4C): what the tapped blocks think, side by side."""
@@ -130,11 +145,21 @@ class SwinBlock(nn.Module):
     def places(self, x):
         """The way back: (B*W, w*w, C) -> (B, side, side, C)"""
         n, w = self.side // self.window, self.window
-        return x.view(-1, n, n, w, w, x.shape[-1]).transpose(2, 3).reshape(-1, self.side, self.side, x.shape[-1])
+        return (
+            x.view(-1, n, n, w, w, x.shape[-1])
+            .transpose(2, 3)
+            .reshape(-1, self.side, self.side, x.shape[-1])
+        )
 
     def forward(self, x):  # (B, N, C)
-        y = self.norm1(x).view(len(x), self.side, self.side, -1).roll((-self.shift, -self.shift), (1, 2))
-        y = self.places(self.attn(self.windows(y), self.attn_mask)).roll((self.shift, self.shift), (1, 2))
+        y = (
+            self.norm1(x)
+            .view(len(x), self.side, self.side, -1)
+            .roll((-self.shift, -self.shift), (1, 2))
+        )
+        y = self.places(self.attn(self.windows(y), self.attn_mask)).roll(
+            (self.shift, self.shift), (1, 2)
+        )
         x = x + y.reshape(x.shape)
         return x + self.mlp(self.norm2(x))
 
@@ -143,7 +168,9 @@ class SwinLayer(nn.Module):
     def __init__(self, width, heads, window, hidden, side, depth):
         super().__init__()
         self.blocks = nn.ModuleList(
-            SwinBlock(width, heads, window, hidden, side, window // 2 * (j % 2)) for j in range(depth))
+            SwinBlock(width, heads, window, hidden, side, window // 2 * (j % 2))
+            for j in range(depth)
+        )
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x):
@@ -157,7 +184,9 @@ class SwinLayer(nn.Module):
 class Swin(nn.Module):
     def __init__(self, width, heads, window, hidden, side, depths):
         super().__init__()
-        self.layers = nn.ModuleList(SwinLayer(width, heads, window, hidden, side, depth) for depth in depths)
+        self.layers = nn.ModuleList(
+            SwinLayer(width, heads, window, hidden, side, depth) for depth in depths
+        )
         self.downsample = nn.Conv2d(width, width, 3)  # in the checkpoint, never used
 
     def forward(self, x):
@@ -169,23 +198,41 @@ class Swin(nn.Module):
 class MANIQA(nn.Module):
     """sizes: all read off the checkpoint, but for the ViT's number of heads, which leaves no trace there."""
 
-    def __init__(self, width=768, vit_heads=12, vit_depth=12, side=28, patch=8, classes=1000, heads=4, window=4,
-                 hidden=768, depths=(2, 2), tabs=2):
+    def __init__(
+        self,
+        width=768,
+        vit_heads=12,
+        vit_depth=12,
+        side=28,
+        patch=8,
+        classes=1000,
+        heads=4,
+        window=4,
+        hidden=768,
+        depths=(2, 2),
+        tabs=2,
+    ):
         super().__init__()
         self.vit, half = ViT(width, vit_heads, vit_depth, side, patch, classes), width // 2
-        self.tablock1, self.tablock2 = (nn.ModuleList(TAB(side * side) for _ in range(tabs)) for _ in "12")
+        self.tablock1, self.tablock2 = (
+            nn.ModuleList(TAB(side * side) for _ in range(tabs)) for _ in "12"
+        )
         self.conv1, self.conv2 = nn.Conv2d(4 * width, width, 1), nn.Conv2d(width, half, 1)
         self.swintransformer1 = Swin(width, heads, window, hidden, side, depths)
         self.swintransformer2 = Swin(half, heads, window, hidden, side, depths)
-        self.fc_score, self.fc_weight = (nn.Sequential(nn.Linear(half, half), nn.ReLU(), nn.Identity(), nn.Linear(half, 1))
-                                         for _ in "sw")
+        self.fc_score, self.fc_weight = (
+            nn.Sequential(nn.Linear(half, half), nn.ReLU(), nn.Identity(), nn.Linear(half, 1))
+            for _ in "sw"
+        )
         self.side, self.size = side, side * patch
 
     def forward(self, crops):
         """(B, 3, S, S) in [-1, 1] -> (B,)"""
         x = self.vit(crops)
-        for tabs, conv, swin in ((self.tablock1, self.conv1, self.swintransformer1),
-                                 (self.tablock2, self.conv2, self.swintransformer2)):
+        for tabs, conv, swin in (
+            (self.tablock1, self.conv1, self.swintransformer1),
+            (self.tablock2, self.conv2, self.swintransformer2),
+        ):
             x = x.transpose(1, 2)  # (B, C, N)
             for tab in tabs:
                 x = tab(x)
@@ -196,15 +243,30 @@ class MANIQA(nn.Module):
 
 def sizes_of(state):
     """The sizes of a MANIQA, from its state dict."""
+
     def count(pattern):
         return 1 + max(int(found[1]) for name in state if (found := re.match(pattern, name)))
 
-    proj, table = state["vit.patch_embed.proj.weight"], "swintransformer1.layers.0.blocks.0.attn.relative_position_bias_table"
-    depths = [count(rf"swintransformer1\.layers\.{i}\.blocks\.(\d+)") for i in range(count(r"swintransformer1\.layers\.(\d+)"))]
-    return dict(width=proj.shape[0], patch=proj.shape[-1], vit_depth=count(r"vit\.blocks\.(\d+)"),
-                side=round((state["vit.pos_embed"].shape[1] - 1) ** 0.5), classes=len(state["vit.head.weight"]),
-                heads=state[table].shape[1], window=(round(len(state[table]) ** 0.5) + 1) // 2, depths=depths,
-                hidden=len(state["swintransformer1.layers.0.blocks.0.mlp.fc1.weight"]), tabs=count(r"tablock1\.(\d+)"))
+    proj, table = (
+        state["vit.patch_embed.proj.weight"],
+        "swintransformer1.layers.0.blocks.0.attn.relative_position_bias_table",
+    )
+    depths = [
+        count(rf"swintransformer1\.layers\.{i}\.blocks\.(\d+)")
+        for i in range(count(r"swintransformer1\.layers\.(\d+)"))
+    ]
+    return dict(
+        width=proj.shape[0],
+        patch=proj.shape[-1],
+        vit_depth=count(r"vit\.blocks\.(\d+)"),
+        side=round((state["vit.pos_embed"].shape[1] - 1) ** 0.5),
+        classes=len(state["vit.head.weight"]),
+        heads=state[table].shape[1],
+        window=(round(len(state[table]) ** 0.5) + 1) // 2,
+        depths=depths,
+        hidden=len(state["swintransformer1.layers.0.blocks.0.mlp.fc1.weight"]),
+        tabs=count(r"tablock1\.(\d+)"),
+    )
 
 
 def corners(length, size, n):
@@ -237,17 +299,28 @@ class ManiqaReward:
         """(9, 3, S, S) in [-1, 1]. A picture smaller than a crop is enlarged first."""
         image, size = image.convert("RGB"), self.model.size
         if min(image.size) < size:
-            image = image.resize([max(size, round(side * size / min(image.size))) for side in image.size])
+            image = image.resize(
+                [max(size, round(side * size / min(image.size))) for side in image.size]
+            )
         width, height = image.size
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(
+            height, width, 3
+        )
         pixels = pixels.permute(2, 0, 1) / 127.5 - 1
-        return torch.stack([pixels[:, y : y + size, x : x + size]
-                            for y in corners(height, size, self.grid) for x in corners(width, size, self.grid)])
+        return torch.stack(
+            [
+                pixels[:, y : y + size, x : x + size]
+                for y in corners(height, size, self.grid)
+                for x in corners(width, size, self.grid)
+            ]
+        )
 
     @torch.inference_mode()
     def __call__(self, prompts, images, metadata=None):
         scores = []
         for image in images:
-            parts = [self.model(part.to(self.device)) for part in self.crops(image).split(self.batch)]
+            parts = [
+                self.model(part.to(self.device)) for part in self.crops(image).split(self.batch)
+            ]
             scores.append(torch.cat(parts).mean())
         return torch.stack(scores).float().cpu()

@@ -53,10 +53,14 @@ class Elsewhere:
             about = requests.get(f"{url}/about", timeout=10).json()
             self.range, self.reference = tuple(about["range"]), about["reference"]
         except (requests.RequestException, ValueError, KeyError, TypeError) as problem:
-            usage_error(f"no reward answers at {url} ({type(problem).__name__}); start it there with "
-                        f"`python rewards.py serve {name} --port {url.rpartition(':')[2]}`")
+            usage_error(
+                f"no reward answers at {url} ({type(problem).__name__}); start it there with "
+                f"`python rewards.py serve {name} --port {url.rpartition(':')[2]}`"
+            )
         if about["name"] != name:
-            usage_error(f"{name}@{url}: {about['name']!r} is served there; name that, or another address")
+            usage_error(
+                f"{name}@{url}: {about['name']!r} is served there; name that, or another address"
+            )
 
     def __call__(self, prompts, images, metadata=None):
         scores, metadata = [], list(metadata or [{}] * len(images))
@@ -65,7 +69,11 @@ class Elsewhere:
         return torch.tensor([math.nan if value is None else value for value in scores])
 
     def ask(self, prompts, images, metadata):
-        body = {"prompts": prompts, "metadata": metadata, "images": [data_url(image) for image in images]}
+        body = {
+            "prompts": prompts,
+            "metadata": metadata,
+            "images": [data_url(image) for image in images],
+        }
         for attempt in range(self.tries):
             try:
                 reply = requests.post(f"{self.url}/score", json=body, timeout=self.timeout)
@@ -99,13 +107,18 @@ class Served(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        bounds = [value if math.isfinite(value) else 1e9 * (1 if value > 0 else -1) for value in self.reward.range]
+        bounds = [
+            value if math.isfinite(value) else 1e9 * (1 if value > 0 else -1)
+            for value in self.reward.range
+        ]
         self.reply(200, {"name": self.name, "range": bounds, "reference": self.reward.reference})
 
     def do_POST(self):
         length = int(self.headers.get("Content-Length", 0))
         if length > self.largest:
-            return self.reply(413, {"error": f"more than {self.largest} bytes; send fewer pictures"})
+            return self.reply(
+                413, {"error": f"more than {self.largest} bytes; send fewer pictures"}
+            )
         try:
             asked = json.loads(self.rfile.read(length))
             images = [from_data_url(url) for url in asked["images"]]

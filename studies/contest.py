@@ -38,12 +38,18 @@ from tqdm import tqdm
 
 from evaluation import hacking
 from evaluation import pages as report
-from training.files import HERE, atomic, read_jsonl
 from evaluation.pages import interval, mean
+from training.files import HERE, atomic, read_jsonl
 
 PLAIN = "Are there artifacts in this picture? Answer yes or no."
 BUDGET = "--max-steps 50 --eval-steps 10 --save-steps 25 --save-total-limit 1 --best-of 0"
-MEASURED = ("hps", "artifact", "gold", "gold-clean", "gold-aligned")  # watched in every run, unless they train it
+MEASURED = (
+    "hps",
+    "artifact",
+    "gold",
+    "gold-clean",
+    "gold-aligned",
+)  # watched in every run, unless they train it
 
 # What is tried: name -> (where the idea is from, flags).
 CURES = {
@@ -57,13 +63,19 @@ CURES = {
     "judge, summed, weight .5": ("ArtifactReward", "--rewards hps,artifact:.5"),
     "judge, summed": ("ArtifactReward", "--rewards hps,artifact"),
     "judge, summed, weight 2": ("ArtifactReward", "--rewards hps,artifact:2"),
-    "judge, summed, plain question": ("ArtifactReward", f"--rewards hps,artifact --question '{PLAIN}'"),
+    "judge, summed, plain question": (
+        "ArtifactReward",
+        f"--rewards hps,artifact --question '{PLAIN}'",
+    ),
     "judge, normalised": ("GDPO", "--rewards hps,artifact --combine normalized"),
     "judge, Pareto": ("Parrot", "--rewards hps,artifact --combine pareto"),
     "judge, constraint": ("constrained RLHF", "--rewards hps,artifact --combine constrained"),
     "adversarial alone": ("Adv-GRPO", "--rewards adversarial"),
     "adversarial": ("Adv-GRPO", "--rewards hps,adversarial --combine normalized"),
-    "adversarial PickScore": ("Adv-GRPO", "--rewards hps,adversarial-pickscore --combine normalized"),
+    "adversarial PickScore": (
+        "Adv-GRPO",
+        "--rewards hps,adversarial-pickscore --combine normalized",
+    ),
     "judge and adversarial": ("", "--rewards hps,artifact,adversarial --combine normalized"),
     "best-of-8 fine-tuning": ("RAFT", "--rewards hps --advantage best --beta 0"),
 }
@@ -87,10 +99,24 @@ def command(cfg, cure, seed):
     """The flags of one run, as grpo.py takes them."""
     flags = shlex.split(CURES[cure][1])
     trained = flags[flags.index("--rewards") + 1]
-    watched = [name for name in MEASURED if name not in [part.split(":")[0] for part in trained.split(",")]]
+    watched = [
+        name for name in MEASURED if name not in [part.split(":")[0] for part in trained.split(",")]
+    ]
     name = file_of(cfg, cure, seed).stem
-    return [*flags, "--eval-rewards", ",".join(watched), *BUDGET.split(), "--seed", str(seed),
-            "--output-dir", cfg.output_dir, "--run-name", name, "--resume", "latest"]
+    return [
+        *flags,
+        "--eval-rewards",
+        ",".join(watched),
+        *BUDGET.split(),
+        "--seed",
+        str(seed),
+        "--output-dir",
+        cfg.output_dir,
+        "--run-name",
+        name,
+        "--resume",
+        "latest",
+    ]
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -102,11 +128,20 @@ def train(cfg, cure, seed):
     run = Path(cfg.output_dir) / file_of(cfg, cure, seed).stem
     run.parent.mkdir(parents=True, exist_ok=True)
     with open(run.with_suffix(".log"), "w") as log:
-        done = subprocess.run([sys.executable, str(HERE / "grpo.py"), *flags], stdout=log, stderr=log,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            [sys.executable, str(HERE / "grpo.py"), *flags],
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
     if done.returncode:
         return f"{cure}, seed {seed}: ended with {done.returncode}, see {run.with_suffix('.log')}"
-    numbers = {"cure": cure, "seed": seed, "command": shlex.join(["torchrun", "grpo.py", *flags]), **measure(run)}
+    numbers = {
+        "cure": cure,
+        "seed": seed,
+        "command": shlex.join(["torchrun", "grpo.py", *flags]),
+        **measure(run),
+    }
     with atomic(file_of(cfg, cure, seed)) as file:
         json.dump(numbers, file, indent=1)
 
@@ -114,11 +149,17 @@ def train(cfg, cure, seed):
 def measure(run):
     """A finished run -> its tests, and what the tests do not hold."""
     _, steps, tests, _ = hacking.read_run(run)
-    seconds = sum(value for line in steps for name, value in line.items() if name.startswith("seconds/"))
+    seconds = sum(
+        value for line in steps for name, value in line.items() if name.startswith("seconds/")
+    )
     kept = [{name: t[name] for name in ("step", "kl", "artifact-free", *MEASURED)} for t in tests]
-    return {"tests": kept, "seconds": seconds, "stop": stopping_time(run, tests),
-            # Of the groups of every training step: the tests paint one picture a prompt.
-            "diversity": [line["diversity"] for line in steps]}
+    return {
+        "tests": kept,
+        "seconds": seconds,
+        "stop": stopping_time(run, tests),
+        # Of the groups of every training step: the tests paint one picture a prompt.
+        "diversity": [line["diversity"] for line in steps],
+    }
 
 
 def stopping_time(run, tests, watched="artifact"):
@@ -151,6 +192,7 @@ def read_results(cfg):
 
 def changes(runs):
     """The runs of a cure -> column -> (mean, half width of the 95 % interval) of after - before."""
+
     def over(value):
         return interval([value(run) for run in runs])
 
@@ -159,18 +201,31 @@ def changes(runs):
 
     def diversity(run):
         step = run["tests"][-1]["step"]  # the five steps up to it, against the first two
-        return mean(run["diversity"][max(0, step - 5) : step]) - mean(run["diversity"][:2]) if step else 0.0
+        return (
+            mean(run["diversity"][max(0, step - 5) : step]) - mean(run["diversity"][:2])
+            if step
+            else 0.0
+        )
 
-    return {"hps": over(gain("hps")), "aligned": over(gain("gold-aligned")),
-            "artifact-free": over(gain("artifact-free")), "gold": over(gain("gold")),
-            "diversity": over(diversity),
-            "KL": over(lambda run: run["tests"][-1]["kl"]), "minutes": over(lambda run: run["seconds"] / 60)}
+    return {
+        "hps": over(gain("hps")),
+        "aligned": over(gain("gold-aligned")),
+        "artifact-free": over(gain("artifact-free")),
+        "gold": over(gain("gold")),
+        "diversity": over(diversity),
+        "KL": over(lambda run: run["tests"][-1]["kl"]),
+        "minutes": over(lambda run: run["seconds"] / 60),
+    }
 
 
 def contest_table(results):
     rows = []
     for cure, runs in results.items():
-        row = {"cure": cure, "from": CURES.get(cure, ("the onset, seen by the judge",))[0], "runs": len(runs)}
+        row = {
+            "cure": cure,
+            "from": CURES.get(cure, ("the onset, seen by the judge",))[0],
+            "runs": len(runs),
+        }
         columns = changes(runs)
         for name, (center, width) in columns.items():
             digits = 1 if name in ("KL", "minutes") else 3
@@ -179,7 +234,9 @@ def contest_table(results):
             row[name] = f"{center:{sign}.{digits}f}" + (f" ± {width:.{digits}f}" if sure else "")
         # A ratio of means, only where the proxy did rise: a thousandth of nothing protects nothing.
         (proxy, width), (gold, _) = columns["hps"], columns["gold"]
-        row["gold per hps"] = f"{gold / proxy:+.2f}" if proxy > (width if math.isfinite(width) else 0.02) else "-"
+        row["gold per hps"] = (
+            f"{gold / proxy:+.2f}" if proxy > (width if math.isfinite(width) else 0.02) else "-"
+        )
         rows.append(row)
     return rows
 
@@ -197,10 +254,24 @@ def contest_figure(results, path):
         for axis, name in zip(axes, ("artifact-free", "gold")):
             x, y = center["hps"][0], center[name][0]
             for seed in each:
-                axis.plot([x, seed["hps"][0]], [y, seed[name][0]], color=f"C{number % 10}", linewidth=0.8, alpha=0.5)
-            axis.plot(x, y, "os^Dv"[number // 10], color=f"C{number % 10}", markersize=8,
-                      label=f"{number}  {cure}" if axis is axes[0] else None)
-            axis.annotate(str(number), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+                axis.plot(
+                    [x, seed["hps"][0]],
+                    [y, seed[name][0]],
+                    color=f"C{number % 10}",
+                    linewidth=0.8,
+                    alpha=0.5,
+                )
+            axis.plot(
+                x,
+                y,
+                "os^Dv"[number // 10],
+                color=f"C{number % 10}",
+                markersize=8,
+                label=f"{number}  {cure}" if axis is axes[0] else None,
+            )
+            axis.annotate(
+                str(number), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8
+            )
     for axis, name in zip(axes, ("the share of artifact-free pictures", "gold")):
         axis.axhline(0, color="black", linewidth=0.6)
         axis.axvline(0, color="black", linewidth=0.6)
@@ -214,8 +285,12 @@ def contest_figure(results, path):
 
 def main(cfg):
     # Seeds outside, cures inside: stopped at any time, every cure has had about as many runs as any other.
-    todo = [(cure, seed) for seed in range(1, cfg.seeds + 1) for cure in CURES
-            if not file_of(cfg, cure, seed).is_file()]
+    todo = [
+        (cure, seed)
+        for seed in range(1, cfg.seeds + 1)
+        for cure in CURES
+        if not file_of(cfg, cure, seed).is_file()
+    ]
     failed = []
     with ThreadPoolExecutor(cfg.workers) as pool:
         running = [pool.submit(train, cfg, cure, seed) for cure, seed in todo]

@@ -60,8 +60,9 @@ def successive_rejects(race, keep, budget):
 
 def close(got, expected):
     got, expected = torch.as_tensor(got), torch.as_tensor(expected)
-    assert got.shape == expected.shape and torch.allclose(got.float(), expected.float(), atol=1e-3, equal_nan=True), \
-        f"{got.tolist()} where {expected.tolist()} was expected"
+    assert got.shape == expected.shape and torch.allclose(
+        got.float(), expected.float(), atol=1e-3, equal_nan=True
+    ), f"{got.tolist()} where {expected.tolist()} was expected"
 
 
 def grade_group_advantages(f):
@@ -79,12 +80,17 @@ def grade_guide(f):
 
 def grade_kl_k3(f):
     p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.4, 0.4, 0.2])
-    close((p * f(p.log(), q.log())).sum(), (p * (p / q).log()).sum())  # over samples of p it is the KL divergence
+    close(
+        (p * f(p.log(), q.log())).sum(), (p * (p / q).log()).sum()
+    )  # over samples of p it is the KL divergence
     assert (f(torch.randn(100), torch.randn(100)) >= 0).all(), "k3 is never negative"
 
 
 def grade_p_no(f):
-    close(f([("No", math.log(0.6)), (" no", math.log(0.2)), ("Yes", math.log(0.2)), ("Maybe", -9.0)]), 0.8)
+    close(
+        f([("No", math.log(0.6)), (" no", math.log(0.2)), ("Yes", math.log(0.2)), ("Maybe", -9.0)]),
+        0.8,
+    )
     close(f([("yes", -0.1)]), 0.0)
     close(f([("NO", -200.0), ("no", -200.0), ("yes", -200.0)]), 2 / 3)
     assert math.isnan(f([("The", -0.1)])), "neither yes nor no is no score, and not 0 or 1"
@@ -92,7 +98,9 @@ def grade_p_no(f):
 
 def grade_dominated(f):
     values = torch.tensor([[0, 0.3], [1, 0.3], [2, 0.1], [1, 0.1], [5, 5], [5, 5], [6, 0], [0, 0]])
-    assert f(values, 4).tolist() == [True, False, False, True, False, False, False, True], f(values, 4).tolist()
+    assert f(values, 4).tolist() == [True, False, False, True, False, False, False, True], f(
+        values, 4
+    ).tolist()
 
 
 class Race:
@@ -115,8 +123,14 @@ def grade_successive_rejects(f):
     close([race.seen[q] for q in "abcd"], [49.263, 49.263, 32.842, 24.632])
 
 
-GRADERS = {group_advantages: grade_group_advantages, guide: grade_guide, kl_k3: grade_kl_k3, p_no: grade_p_no,
-           dominated: grade_dominated, successive_rejects: grade_successive_rejects}
+GRADERS = {
+    group_advantages: grade_group_advantages,
+    guide: grade_guide,
+    kl_k3: grade_kl_k3,
+    p_no: grade_p_no,
+    dominated: grade_dominated,
+    successive_rejects: grade_successive_rejects,
+}
 
 
 def main():

@@ -11,13 +11,20 @@ import generate
 import rewards
 from tiny_world import world as tiny
 
-PROMPTS = ["a red star", "two blue circles", "a green square above a purple cross", "a cyan triangle"] * 4
+PROMPTS = [
+    "a red star",
+    "two blue circles",
+    "a green square above a purple cross",
+    "a cyan triangle",
+] * 4
 CLEAN = [tiny.reference(prompt, f"another {i}") for i, prompt in enumerate(PROMPTS)]
 
 
 def broken(prompt, i):
     rng = random.Random(i)
-    return tiny.to_image(tiny.corrupt(tiny.sample_scene(*tiny.wanted(prompt), rng), "noise", 1, rng))
+    return tiny.to_image(
+        tiny.corrupt(tiny.sample_scene(*tiny.wanted(prompt), rng), "noise", 1, rng)
+    )
 
 
 BROKEN = [broken(prompt, i) for i, prompt in enumerate(PROMPTS)]
@@ -35,7 +42,9 @@ def test_a_few_lessons_teach_it_to_tell_references_from_what_the_policy_paints(a
     for _ in range(6):
         metrics = adversary.learn(PROMPTS, BROKEN)
     assert metrics["accuracy"] > 0.85 and metrics["margin"] > 0
-    assert (adversary(PROMPTS, CLEAN) > adversary(PROMPTS, BROKEN)).float().mean() > 0.85  # unseen ones, too
+    assert (
+        adversary(PROMPTS, CLEAN) > adversary(PROMPTS, BROKEN)
+    ).float().mean() > 0.85  # unseen ones, too
 
 
 def test_metrics_are_of_the_judge_that_had_not_seen_these_pictures():
@@ -47,7 +56,9 @@ def test_metrics_are_of_the_judge_that_had_not_seen_these_pictures():
 
 def test_the_eyes_stay_as_they_are_and_the_head_moves():
     adversary = rewards.load("adversarial", checkpoint="tiny")
-    eyes, head = ([p.clone() for p in part.parameters()] for part in (adversary.eyes, adversary.head))
+    eyes, head = (
+        [p.clone() for p in part.parameters()] for part in (adversary.eyes, adversary.head)
+    )
     adversary.learn(PROMPTS, BROKEN)
     assert all((a == b).all() for a, b in zip(eyes, adversary.eyes.parameters()))
     assert any((a != b).any() for a, b in zip(head, adversary.head.parameters()))
@@ -56,11 +67,16 @@ def test_the_eyes_stay_as_they_are_and_the_head_moves():
 def test_of_pickscore_only_the_last_two_layers_of_the_vision_tower_move():
     adversary = rewards.load("adversarial-pickscore", checkpoint="tiny")
     before = {name: p.clone() for name, p in adversary.scorer.model.named_parameters()}
-    assert torch.equal(adversary(PROMPTS, BROKEN), rewards.load("pickscore", checkpoint="tiny")(PROMPTS, BROKEN))
+    assert torch.equal(
+        adversary(PROMPTS, BROKEN), rewards.load("pickscore", checkpoint="tiny")(PROMPTS, BROKEN)
+    )
     adversary.learn(PROMPTS, BROKEN)
-    moved = {name for name, p in adversary.scorer.model.named_parameters() if (p != before[name]).any()}
-    assert moved and {name.split(".layers.")[0] + name.split(".layers.")[1][0] for name in moved} == {
-        "vision_model.encoder1", "vision_model.encoder2"}  # of 0, 1, 2
+    moved = {
+        name for name, p in adversary.scorer.model.named_parameters() if (p != before[name]).any()
+    }
+    assert moved and {
+        name.split(".layers.")[0] + name.split(".layers.")[1][0] for name in moved
+    } == {"vision_model.encoder1", "vision_model.encoder2"}  # of 0, 1, 2
 
 
 def test_update_only_when_beaten_rests_while_the_references_win():
@@ -99,7 +115,9 @@ def test_the_same_pictures_get_the_same_scores_alone_and_together(adversary):
 def test_what_it_has_learned_survives_a_checkpoint(adversary, tmp_path):
     adversary.learn(PROMPTS, BROKEN)
     torch.save(adversary.state_dict(), tmp_path / "state.pt")
-    again = type(adversary)(checkpoint=str(generate.HERE / "tiny_world/checkpoints" / adversary.folder), steps=8)
+    again = type(adversary)(
+        checkpoint=str(generate.HERE / "tiny_world/checkpoints" / adversary.folder), steps=8
+    )
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert again.learn(PROMPTS, CLEAN) == adversary.learn(PROMPTS, CLEAN)
     assert torch.equal(again(PROMPTS, BROKEN), adversary(PROMPTS, BROKEN))
@@ -111,7 +129,9 @@ def test_it_remembers_the_last_rollouts_and_no_more(monkeypatch):
     adversary.learn(PROMPTS, BROKEN)
     adversary.learn(PROMPTS, CLEAN)
     assert len(adversary.past) == 20
-    assert [image.tobytes() for _, image in adversary.past[4:]] == [image.tobytes() for image in CLEAN]
+    assert [image.tobytes() for _, image in adversary.past[4:]] == [
+        image.tobytes() for image in CLEAN
+    ]
 
 
 # --- references
@@ -124,9 +144,13 @@ def write_references(folder, prompts):
 
 def test_references_are_a_folder_of_generate_or_a_file_of_the_released_code(tmp_path):
     write_references(tmp_path, PROMPTS[:2])
-    lines = [json.dumps({"prompt": prompt, "path": f"{i}.png"}) for i, prompt in enumerate(PROMPTS[:2])]
+    lines = [
+        json.dumps({"prompt": prompt, "path": f"{i}.png"}) for i, prompt in enumerate(PROMPTS[:2])
+    ]
     (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
-    (tmp_path / "released.json").write_text(json.dumps({p: [f"{i}.png"] for i, p in enumerate(PROMPTS[:2])}))
+    (tmp_path / "released.json").write_text(
+        json.dumps({p: [f"{i}.png"] for i, p in enumerate(PROMPTS[:2])})
+    )
     for where in (tmp_path, tmp_path / "manifest.jsonl", tmp_path / "released.json"):
         references = adversarial_reward.References(where)
         references.check(PROMPTS[:2])
@@ -155,42 +179,94 @@ def test_without_references_the_published_checkpoint_is_refused(capsys):
 
 
 def test_references_come_from_any_pipeline_of_diffusers(tmp_path):
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(generate.HERE / "tiny_world" / "checkpoints" / "hps")
-    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                          num_attention_heads=2, max_position_embeddings=24, projection_dim=32,
-                          bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        projection_dim=32,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     tokenizer.model_max_length = 24
-    unet = UNet2DConditionModel(sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 32),
-                                layers_per_block=1, cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8,
-                                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
-    vae = AutoencoderKL(block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2,
-                        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=8, latent_channels=4)
-    StableDiffusionPipeline(vae, CLIPTextModel(text), tokenizer, unet, DDIMScheduler(clip_sample=False, steps_offset=1), None, None,
-                            requires_safety_checker=False).save_pretrained(tmp_path / "sd")
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+        latent_channels=4,
+    )
+    StableDiffusionPipeline(
+        vae,
+        CLIPTextModel(text),
+        tokenizer,
+        unet,
+        DDIMScheduler(clip_sample=False, steps_offset=1),
+        None,
+        None,
+        requires_safety_checker=False,
+    ).save_pretrained(tmp_path / "sd")
     (tmp_path / "prompts.txt").write_text("a red star\ntwo blue circles\n")
-    cfg = generate.Config(model=str(tmp_path / "sd"), prompts=str(tmp_path / "prompts.txt"), num_images=2,
-                          batch_size=3, output_dir=str(tmp_path / "out"), device="cpu")
+    cfg = generate.Config(
+        model=str(tmp_path / "sd"),
+        prompts=str(tmp_path / "prompts.txt"),
+        num_images=2,
+        batch_size=3,
+        output_dir=str(tmp_path / "out"),
+        device="cpu",
+    )
     generate.main(cfg)
     references = adversarial_reward.References(tmp_path / "out")
     references.check(["a red star", "two blue circles"])
     assert references.pick("a red star", random.Random(0)).size == (32, 32)
     painted = (tmp_path / "out/00001/samples/0001.png").read_bytes()
-    generate.main(generate.Config(**{**vars(cfg), "batch_size": 1, "output_dir": str(tmp_path / "again")}))
+    generate.main(
+        generate.Config(**{**vars(cfg), "batch_size": 1, "output_dir": str(tmp_path / "again")})
+    )
     assert (tmp_path / "again/00001/samples/0001.png").read_bytes() == painted  # whatever its batch
 
 
 def test_the_styles_of_the_tiny_world_are_references_too(tmp_path):
     (tmp_path / "prompts.txt").write_text("a red star\n")
     for style in tiny.STYLES:
-        generate.main(generate.Config(model=f"drawn-{style}", prompts=str(tmp_path / "prompts.txt"), num_images=2,
-                                      output_dir=str(tmp_path / style)))
-    found = {style: tiny.explain([adversarial_reward.References(tmp_path / style).pick("a red star", random.Random(0))])
-             for style in tiny.STYLES}
+        generate.main(
+            generate.Config(
+                model=f"drawn-{style}",
+                prompts=str(tmp_path / "prompts.txt"),
+                num_images=2,
+                output_dir=str(tmp_path / style),
+            )
+        )
+    found = {
+        style: tiny.explain(
+            [adversarial_reward.References(tmp_path / style).pick("a red star", random.Random(0))]
+        )
+        for style in tiny.STYLES
+    }
     assert found["plain"][0][0][0].color == "red" and found["plain"][1] > 0.9
     assert found["cool"][0][0][0].color in ("cyan", "blue", "purple")
     assert found["outline"][1] < 0.5  # to gold an outline is a broken shape: it knows one style

@@ -30,7 +30,10 @@ class Judge:
     def answers(self, question, images):
         self.asked += len(images)
         whole = [image.getpixel((0, 0))[0] == 0 or self.magic not in question for image in images]
-        return [[("no", math.log(0.9 if w else 0.1)), ("yes", math.log(0.1 if w else 0.9))] for w in whole]
+        return [
+            [("no", math.log(0.9 if w else 0.1)), ("yes", math.log(0.1 if w else 0.9))]
+            for w in whole
+        ]
 
 
 def examples(n, folder):
@@ -59,13 +62,18 @@ def test_a_folder_of_labelled_pictures_is_split_by_prompt(tmp_path):
             Image.new("RGB", (2, 2)).save(tmp_path / kind / f"scene{i}__1.png")
     splits = apo.load_examples(tmp_path)
     assert sum(map(len, splits.values())) == 60
-    assert all(len(examples) == 2 * len({e["prompt"] for e in examples}) for examples in splits.values())
+    assert all(
+        len(examples) == 2 * len({e["prompt"] for e in examples}) for examples in splits.values()
+    )
 
 
-@pytest.mark.parametrize("line, rule", [
-    ('{"prompt": "a", "path": "nowhere.png", "label": 1}', "no picture"),
-    ('{"prompt": "a", "label": 1}', "no picture"),
-])
+@pytest.mark.parametrize(
+    "line, rule",
+    [
+        ('{"prompt": "a", "path": "nowhere.png", "label": 1}', "no picture"),
+        ('{"prompt": "a", "label": 1}', "no picture"),
+    ],
+)
 def test_bad_data_are_one_clear_error(line, rule, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text(line + "\n")
     with pytest.raises(SystemExit) as stop:
@@ -75,7 +83,9 @@ def test_bad_data_are_one_clear_error(line, rule, tmp_path, capsys):
 
 def test_measures_by_hand():
     rows = [{"prompt": p, "broken": b} for p in "ab" for b in (False, True)]
-    got = apo.measures(np.array([0.2, 0.8, 0.6, 0.4]), rows)  # prompt a is judged rightly, b the wrong way round
+    got = apo.measures(
+        np.array([0.2, 0.8, 0.6, 0.4]), rows
+    )  # prompt a is judged rightly, b the wrong way round
     assert got["accuracy"] == 0.5 and got["pairs"] == 0.5 and got["auroc"] == 0.75
     assert got["log-likelihood"] == pytest.approx((2 * math.log(0.8) + 2 * math.log(0.4)) / 4)
 
@@ -106,11 +116,16 @@ def test_nothing_is_asked_twice_not_even_by_the_next_run(tmp_path):
 
 def test_another_judge_has_another_memory_and_a_failure_is_not_remembered(tmp_path):
     rows = examples(1, tmp_path)
+
     class Silent:
         answers = staticmethod(lambda question, images: [[]] * len(images))
 
     silent = apo.Answers(tmp_path / "a.sqlite", Silent(), "silent")
-    assert np.isnan(silent("noise?", rows)).all() and np.isnan(silent("noise?", rows)).all() and silent.asked == 4
+    assert (
+        np.isnan(silent("noise?", rows)).all()
+        and np.isnan(silent("noise?", rows)).all()
+        and silent.asked == 4
+    )
     other = apo.Answers(tmp_path / "a.sqlite", Judge(), "other")
     assert np.isfinite(other("noise?", rows)).all()
 
@@ -118,12 +133,15 @@ def test_another_judge_has_another_memory_and_a_failure_is_not_remembered(tmp_pa
 # --- candidates
 
 
-@pytest.mark.parametrize("text, why", [
-    ("", "empty"),
-    ("Describe the picture.", "does not ask for yes or no"),
-    ("Broken? Yes or no. " + "Think. " * 300, "longer than 1200 characters"),
-    ("Answer YES/NO: is it broken?", None),
-])
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("", "empty"),
+        ("Describe the picture.", "does not ask for yes or no"),
+        ("Broken? Yes or no. " + "Think. " * 300, "longer than 1200 characters"),
+        ("Answer YES/NO: is it broken?", None),
+    ],
+)
 def test_what_cannot_be_a_question_is_refused_with_a_reason(text, why):
     assert apo.refusal(text) == why
 
@@ -136,7 +154,9 @@ def test_without_mistakes_nobody_is_asked_for_reasons(tmp_path):
     rows, refused = examples(4, tmp_path), {}
     answers = apo.Answers(tmp_path / "a.sqlite", Judge(), "judge")
     cfg = apo.Config()
-    found = apo.expand("Any noise? yes or no", rows, answers, Nobody(), cfg, random.Random(0), refused)
+    found = apo.expand(
+        "Any noise? yes or no", rows, answers, Nobody(), cfg, random.Random(0), refused
+    )
     assert [reason for _, reason in found] == ["in other words"]
 
 
@@ -148,7 +168,9 @@ def test_a_picture_without_an_answer_is_no_mistake_to_learn_from(tmp_path):
         paraphrase = staticmethod(lambda question, rng: question + " ")
 
     answers = apo.Answers(tmp_path / "a.sqlite", Silent(), "silent")
-    found = apo.expand(PLAIN, examples(4, tmp_path), answers, Nobody(), apo.Config(), random.Random(0), {})
+    found = apo.expand(
+        PLAIN, examples(4, tmp_path), answers, Nobody(), apo.Config(), random.Random(0), {}
+    )
     assert [reason for _, reason in found] == ["in other words"]  # nobody was asked for a reason
 
 
@@ -160,7 +182,9 @@ def test_bad_answers_of_the_writer_are_refused_and_counted(tmp_path):
 
     rows, refused = examples(4, tmp_path), {}
     answers = apo.Answers(tmp_path / "a.sqlite", Judge(), "judge")
-    assert apo.expand(PLAIN, rows, answers, Rambler(), apo.Config(), random.Random(0), refused) == []
+    assert (
+        apo.expand(PLAIN, rows, answers, Rambler(), apo.Config(), random.Random(0), refused) == []
+    )
     assert refused == {"does not ask for yes or no": 4, "empty": 1}
 
 
@@ -203,14 +227,25 @@ def test_successive_rejects_spends_what_its_formula_says():
 @pytest.fixture(scope="module")
 def search(tmp_path_factory):
     out = tmp_path_factory.mktemp("apo")
-    args = ["--output-dir", str(out), "--seeds", "0", "--select", "successive-rejects", "--rounds", "3"]
+    args = [
+        "--output-dir",
+        str(out),
+        "--seeds",
+        "0",
+        "--select",
+        "successive-rejects",
+        "--rounds",
+        "3",
+    ]
     apo.main(tyro.cli(apo.Config, args=args))
     return out / "successive-rejects_seed0"
 
 
 def test_the_question_learns_in_the_tiny_world(search):
     result = json.loads((search / "result.json").read_text())
-    assert result["gain"][1] > 0, "the interval of the gain in accuracy on the test split must not cross zero"
+    assert result["gain"][1] > 0, (
+        "the interval of the gain in accuracy on the test split must not cross zero"
+    )
     assert result["pairs after"][0] > result["pairs before"][0]
     assert (search / "question.txt").read_text().strip() == result["question"]
 
@@ -226,7 +261,16 @@ def test_every_question_has_its_history(search):
 
 def test_the_same_command_again_asks_the_judge_nothing(search):
     first = json.loads((search / "result.json").read_text())
-    args = ["--output-dir", str(search.parent), "--seeds", "0", "--select", "successive-rejects", "--rounds", "3"]
+    args = [
+        "--output-dir",
+        str(search.parent),
+        "--seeds",
+        "0",
+        "--select",
+        "successive-rejects",
+        "--rounds",
+        "3",
+    ]
     apo.main(tyro.cli(apo.Config, args=args))
     again = json.loads((search / "result.json").read_text())
     assert first.pop("asked") == first["calls"] and again.pop("asked") == 0

@@ -2,13 +2,17 @@
 
 import torch
 
-from studies import bench
 import generate
+from studies import bench
 
 
 def test_the_plain_algorithm_scores_what_ours_scores(policy):
-    rollouts = generate.sample(policy, ["a red star"] * 3, [(0, 0, 0, k) for k in range(3)], cot=False, cfg_weight=1.0)
-    plain = bench.plain_logprobs(policy, rollouts.prompts, rollouts.thoughts, rollouts.thought_ids, rollouts.image_ids)
+    rollouts = generate.sample(
+        policy, ["a red star"] * 3, [(0, 0, 0, k) for k in range(3)], cot=False, cfg_weight=1.0
+    )
+    plain = bench.plain_logprobs(
+        policy, rollouts.prompts, rollouts.thoughts, rollouts.thought_ids, rollouts.image_ids
+    )
     with torch.no_grad():
         assert torch.allclose(plain, generate.logprobs(policy, rollouts), atol=1e-4)
 
@@ -21,7 +25,12 @@ def test_all_samplers_paint_pictures_of_the_same_size(policy):
 
 def test_tables_have_a_row_for_each_contender(policy):
     rows = bench.sampling_table(policy, ["a red star"] * 2, 1, 4800)
-    assert [row["sampling"].split(",")[0] for row in rows] == ["ours", "ours", "transformers", "plain loop"]
+    assert [row["sampling"].split(",")[0] for row in rows] == [
+        "ours",
+        "ours",
+        "transformers",
+        "plain loop",
+    ]
     parts = bench.step_table(bench.Config(pictures=8), 1)
     total = sum(row["ours"] for row in parts[:-1])
     assert parts[-1]["a GRPO step, seconds"] == "all" and abs(parts[-1]["ours"] - total) < 1e-9

@@ -49,7 +49,9 @@ class Recording(TorchDispatchMode):
                     old.copy_(new)
 
 
-@pytest.mark.parametrize("cfg_weight, dtype", [(1.0, "float32"), (5.0, "float32"), (1.0, "bfloat16")])
+@pytest.mark.parametrize(
+    "cfg_weight, dtype", [(1.0, "float32"), (5.0, "float32"), (1.0, "bfloat16")]
+)
 def test_a_recorded_step_paints_what_the_step_itself_paints(policy, monkeypatch, cfg_weight, dtype):
     recorded, policy = [], dataclasses.replace(policy, dtype=getattr(torch, dtype))
 
@@ -63,8 +65,12 @@ def test_a_recorded_step_paints_what_the_step_itself_paints(policy, monkeypatch,
     monkeypatch.setattr(generate, "recordable", lambda policy: True)
     monkeypatch.setattr(generate, "record", record)
     replayed = generate.sample(policy, PROMPTS, KEYS, cfg_weight=cfg_weight)
-    assert len(recorded) > 8 and min(recorded) > 100  # eight graphs for pictures, and for thoughts as many as they need
-    assert replayed.thoughts == expected.thoughts and torch.equal(replayed.image_ids, expected.image_ids)
+    assert (
+        len(recorded) > 8 and min(recorded) > 100
+    )  # eight graphs for pictures, and for thoughts as many as they need
+    assert replayed.thoughts == expected.thoughts and torch.equal(
+        replayed.image_ids, expected.image_ids
+    )
 
 
 def test_a_step_that_asks_for_a_number_cannot_be_recorded():
@@ -91,6 +97,10 @@ def test_a_step_that_counts_in_python_is_not_what_was_recorded():
 
 def test_only_whole_weights_on_a_gpu_are_recorded(policy):
     on_gpu = dict(cuda_graph=True, device=torch.device("cuda"))
-    assert generate.recordable(SimpleNamespace(**on_gpu, model=object())) and not generate.recordable(policy)
+    assert generate.recordable(
+        SimpleNamespace(**on_gpu, model=object())
+    ) and not generate.recordable(policy)
     assert not generate.recordable(SimpleNamespace(**on_gpu, model=SimpleNamespace(inside=len)))
-    assert not generate.recordable(SimpleNamespace(**on_gpu | {"cuda_graph": False}, model=object()))
+    assert not generate.recordable(
+        SimpleNamespace(**on_gpu | {"cuda_graph": False}, model=object())
+    )

@@ -7,7 +7,12 @@ import torch
 
 import generate
 
-PROMPTS = ["a red circle", "three blue crosses", "a yellow star above a purple square", "a cross and a star"]
+PROMPTS = [
+    "a red circle",
+    "three blue crosses",
+    "a yellow star above a purple square",
+    "a cross and a star",
+]
 KEYS = [(7, 0, i, 0) for i in range(len(PROMPTS))]
 
 
@@ -41,12 +46,17 @@ def test_a_picture_does_not_change_with_its_batch_mates(policy):
 def test_a_log_probability_does_not_change_with_its_batch_mates(policy):
     rollouts = generate.sample(policy, PROMPTS, KEYS)
     with torch.no_grad():
-        together, alone = (generate.logprobs(policy, rollouts), generate.logprobs(policy, rollouts[1:2]))
+        together, alone = (
+            generate.logprobs(policy, rollouts),
+            generate.logprobs(policy, rollouts[1:2]),
+        )
     assert (together[1:2] - alone)[rollouts.mask[1:2]].abs().max() < 1e-4
 
 
 def test_another_key_makes_another_picture(policy):
-    first, second = generate.sample(policy, ["a red circle"] * 2, [(7, 0, 0, 0), (7, 0, 0, 1)]).image_ids
+    first, second = generate.sample(
+        policy, ["a red circle"] * 2, [(7, 0, 0, 0), (7, 0, 0, 1)]
+    ).image_ids
     assert not torch.equal(first, second)
 
 
@@ -111,7 +121,10 @@ FILES = {
         "Prompt\tCategory\tChallenge\tNote\na cube\tShapes\tBasic\t\n",
         [("0", "a cube", "Shapes")],
     ),
-    "DrawBench: CSV": ('Prompts,Category\n"a dog, sitting",Colors\n', [("0", "a dog, sitting", "Colors")]),
+    "DrawBench: CSV": (
+        'Prompts,Category\n"a dog, sitting",Colors\n',
+        [("0", "a dog, sitting", "Colors")],
+    ),
 }
 
 
@@ -153,7 +166,9 @@ def test_a_bad_prompt_file_is_one_clear_error(text, tmp_path, capsys):
 
 def test_pictures_are_laid_out_as_geneval_reads_them_and_made_once(tmp_path, capsys):
     (tmp_path / "p.txt").write_text("a red circle\nin/../the <b>dark\n")
-    cfg = generate.Config(prompts=str(tmp_path / "p.txt"), num_images=2, output_dir=str(tmp_path / "out"))
+    cfg = generate.Config(
+        prompts=str(tmp_path / "p.txt"), num_images=2, output_dir=str(tmp_path / "out")
+    )
     generate.main(cfg)
     root = tmp_path / "out"
     assert sorted(str(p.relative_to(root)) for p in root.rglob("*.png")) == [

@@ -14,13 +14,12 @@ import pytest
 import torch
 import tyro
 
-from studies import explain
-from training import files
 import generate
 import grpo
 from evaluation import hacking
-from training import harness
 from evaluation import pages as report
+from studies import explain
+from training import files, harness
 
 ROOT = Path(grpo.__file__).parent
 NAN = float("nan")
@@ -31,7 +30,9 @@ NAN = float("nan")
 
 def test_an_advantage_is_a_z_score_within_the_group():
     advantages = grpo.group_advantages(torch.tensor([1.0, 2.0, 3.0, 10.0, 10.0, 40.0]), 3)
-    assert torch.allclose(advantages, torch.tensor([-1.0, 0, 1, -0.57735, -0.57735, 1.1547]), atol=1e-3)
+    assert torch.allclose(
+        advantages, torch.tensor([-1.0, 0, 1, -0.57735, -0.57735, 1.1547]), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("divide", ["group", "none", "global", "best"])
@@ -43,7 +44,9 @@ def test_a_unanimous_group_teaches_nothing(divide):
 def test_a_failed_score_gets_no_advantage_and_does_not_move_the_others():
     with_failure = grpo.group_advantages(torch.tensor([1.0, NAN, 3.0, 2.0]), 4)
     assert with_failure[1] == 0
-    assert torch.allclose(with_failure[[0, 2, 3]], grpo.group_advantages(torch.tensor([1.0, 3.0, 2.0]), 3))
+    assert torch.allclose(
+        with_failure[[0, 2, 3]], grpo.group_advantages(torch.tensor([1.0, 3.0, 2.0]), 3)
+    )
 
 
 def test_a_group_with_at_most_one_score_teaches_nothing():
@@ -52,7 +55,14 @@ def test_a_group_with_at_most_one_score_teaches_nothing():
 
 def test_raft_imitates_the_best_of_each_group():
     rewards = torch.tensor([1.0, NAN, 3.0, 5.0, 5.0, 5.0])
-    assert grpo.group_advantages(rewards, 3, "best").tolist() == [0, 0, 1, 0, 0, 0]  # a unanimous group has no best
+    assert grpo.group_advantages(rewards, 3, "best").tolist() == [
+        0,
+        0,
+        1,
+        0,
+        0,
+        0,
+    ]  # a unanimous group has no best
 
 
 def test_dr_grpo_does_not_divide_and_flow_grpo_divides_by_the_whole_batch():
@@ -61,7 +71,9 @@ def test_dr_grpo_does_not_divide_and_flow_grpo_divides_by_the_whole_batch():
         grpo.group_advantages(rewards, 2, "none"), torch.tensor([-1.0, 1.0, -0.1, 0.1]), atol=1e-5
     )
     by_batch = grpo.group_advantages(rewards, 2, "global")
-    assert torch.allclose(by_batch, torch.tensor([-1.0, 1.0, -0.1, 0.1]) / (rewards.std() + 1e-4), atol=1e-5)
+    assert torch.allclose(
+        by_batch, torch.tensor([-1.0, 1.0, -0.1, 0.1]) / (rewards.std() + 1e-4), atol=1e-5
+    )
 
 
 # --- loss
@@ -130,7 +142,12 @@ def test_padding_is_no_action():
 
 def config(**changes):
     cfg = grpo.Config(
-        rewards="hps", num_generations=4, prompts_per_step=2, max_thought=40, device="cpu", **changes
+        rewards="hps",
+        num_generations=4,
+        prompts_per_step=2,
+        max_thought=40,
+        device="cpu",
+        **changes,
     )
     harness.check(cfg, 1)
     return cfg
@@ -142,7 +159,9 @@ def step(cfg, policy, reference, learning_rate=0.0):
     rollouts = grpo.rollout(policy, rows, jobs, 0, cfg)
     advantages = grpo.group_advantages(torch.arange(8.0) ** 2, 4)
     optimizer = torch.optim.SGD(grpo.trainable(policy), lr=learning_rate)
-    metrics = grpo.update(policy, grpo.all_logprobs(reference, rollouts, cfg), optimizer, rollouts, advantages, cfg)
+    metrics = grpo.update(
+        policy, grpo.all_logprobs(reference, rollouts, cfg), optimizer, rollouts, advantages, cfg
+    )
     gradients = [p.grad.flatten() for p in grpo.trainable(policy) if p.grad is not None]
     return metrics, torch.cat([torch.zeros(0), *gradients])
 
@@ -178,7 +197,9 @@ def test_without_a_step_away_from_the_reference_the_kl_is_zero(guidance):
 def test_a_second_update_on_the_same_rollouts_has_a_ratio_and_may_be_clipped():
     policy = generate.load_policy("tiny")
     reference = copy.deepcopy(policy)
-    metrics, _ = step(config(updates_per_rollout=4, max_grad_norm=1e9), policy, reference, learning_rate=0.2)
+    metrics, _ = step(
+        config(updates_per_rollout=4, max_grad_norm=1e9), policy, reference, learning_rate=0.2
+    )
     assert metrics["clip_ratio"] > 0
 
 
@@ -187,14 +208,18 @@ def test_a_step_whose_gradient_is_no_number_is_not_taken(monkeypatch):
     before = [p.clone() for p in grpo.trainable(policy)]
     monkeypatch.setattr(grpo, "grpo_loss", lambda logprobs, *_: logprobs * NAN)
     metrics, _ = step(config(updates_per_rollout=2), policy, policy, learning_rate=1.0)
-    assert metrics["skipped"] == 1 and all((a == b).all() for a, b in zip(before, grpo.trainable(policy)))
+    assert metrics["skipped"] == 1 and all(
+        (a == b).all() for a, b in zip(before, grpo.trainable(policy))
+    )
 
 
 def test_five_skipped_steps_in_a_row_end_the_run():
     state, metrics = {"skipped": 4}, {"failed": 0.0, "processes_agree": True}
     assert harness.what_is_wrong(metrics, state, {}, config()) == ""
     assert "gradients" in harness.what_is_wrong(metrics, state | {"skipped": 5}, {}, config())
-    assert "different policies" in harness.what_is_wrong(metrics | {"processes_agree": False}, state, {}, config())
+    assert "different policies" in harness.what_is_wrong(
+        metrics | {"processes_agree": False}, state, {}, config()
+    )
     assert "no score" in harness.what_is_wrong({"failed": 0.9}, state, {}, config())
 
 
@@ -230,7 +255,9 @@ def test_what_is_reported_elsewhere_is_what_is_logged(monkeypatch, tmp_path, cap
 
     seen = []
     stand_in = types.ModuleType("wandb")  # the real one wants an account
-    stand_in.init = lambda **given: types.SimpleNamespace(log=lambda numbers: seen.append((given["name"], numbers)))
+    stand_in.init = lambda **given: types.SimpleNamespace(
+        log=lambda numbers: seen.append((given["name"], numbers))
+    )
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     harness.reporter(grpo.Config(report_to="wandb"), tmp_path / "run7")(3, {"kl": 0.5})
     assert seen == [("run7", {"kl": 0.5, "step": 3})]
@@ -278,8 +305,15 @@ SMALL = [
 def start(args, processes=1, restarts=0, **environment):
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-                     "--max-restarts", str(restarts)]
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            "--max-restarts",
+            str(restarts),
+        ]
     return subprocess.Popen(
         [*launcher, str(ROOT / "grpo.py"), *args],
         stdout=subprocess.PIPE,
@@ -339,17 +373,31 @@ def test_a_run_leaves_everything_a_person_looks_at(whole_run):
 
 
 def test_a_step_can_be_told_number_by_number(tmp_path, capsys):
-    cfg = grpo.Config(rewards="hps", num_generations=4, max_thought=40, device="cpu", explain=True, output_dir=str(tmp_path))
+    cfg = grpo.Config(
+        rewards="hps",
+        num_generations=4,
+        max_thought=40,
+        device="cpu",
+        explain=True,
+        output_dir=str(tmp_path),
+    )
     grpo.main(cfg)
     said = capsys.readouterr().out
-    assert all(f"\n{number}. " in "\n" + said for number in range(1, 8)) and "picture tokens (4, 64)" in said
+    assert (
+        all(f"\n{number}. " in "\n" + said for number in range(1, 8))
+        and "picture tokens (4, 64)" in said
+    )
     assert (tmp_path / "explain.html").read_text().count("data:image/png") == 4
-    assert float(re.search(r"two columns is ([+-]\d\.\d+)", said)[1]) > 0.5  # better pictures became likelier
+    assert (
+        float(re.search(r"two columns is ([+-]\d\.\d+)", said)[1]) > 0.5
+    )  # better pictures became likelier
 
 
 def test_one_group_is_drawn_before_and_after(whole_run, tmp_path):
     cfg = explain.Config(runs=(str(whole_run),), pictures=3, figure=str(tmp_path / "group.png"))
-    title, group = explain.group_row("x", str(files.checkpoints(whole_run)[-1]), {"hps": 1.0}, "sum", cfg)
+    title, group = explain.group_row(
+        "x", str(files.checkpoints(whole_run)[-1]), {"hps": 1.0}, "sum", cfg
+    )
     assert [a for _, _, a in group] == sorted((a for _, _, a in group), reverse=True)
     assert [s["hps"] for _, s, _ in group] == sorted((s["hps"] for _, s, _ in group), reverse=True)
     explain.group_figure([(title, group)], cfg)
@@ -393,13 +441,17 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(whole_run, tmp_path):
     log = tmp_path / "killed/metrics.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) >= 3) and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)  # after the third step: the checkpoint of the second is the last
+    process.send_signal(
+        signal.SIGKILL
+    )  # after the third step: the checkpoint of the second is the last
     process.communicate()
     with open(log, "a") as file:
         file.write('{"step": 3, "half a li')
     finish(start(args))
     assert metrics_of(tmp_path / "killed") == metrics_of(whole_run)
-    assert files.read_jsonl(tmp_path / "killed/test.jsonl") == files.read_jsonl(whole_run / "test.jsonl")
+    assert files.read_jsonl(tmp_path / "killed/test.jsonl") == files.read_jsonl(
+        whole_run / "test.jsonl"
+    )
 
 
 def test_a_run_that_goes_on_keeps_its_flags(whole_run, capsys):
@@ -425,14 +477,18 @@ def test_sigterm_ends_with_a_checkpoint_and_a_second_run_in_the_same_folder_is_r
     files.lock(tmp_path / "long").close()  # and the folder is free again
 
 
-def test_a_kill_while_saving_leaves_the_checkpoint_before_it_whole(whole_run, monkeypatch, policy, tmp_path):
+def test_a_kill_while_saving_leaves_the_checkpoint_before_it_whole(
+    whole_run, monkeypatch, policy, tmp_path
+):
     (tmp_path / "checkpoints").mkdir()
     shutil.copytree(files.checkpoints(whole_run)[-1], tmp_path / "checkpoints" / "step-000004")
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", killed)  # the policy's files are written, the optimizer's are not
+    monkeypatch.setattr(
+        torch, "save", killed
+    )  # the policy's files are written, the optimizer's are not
     with pytest.raises(KeyboardInterrupt):
         files.save_checkpoint(tmp_path, {"step": 5}, policy, None, {"optimizer": {}}, keep=2)
     assert [folder.name for folder in files.checkpoints(tmp_path)] == ["step-000004"]
@@ -440,7 +496,9 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before_it_whole(whole_run, mo
 
 
 @pytest.mark.parametrize("how", [[], ["--shard"]], ids=["whole", "sharded"])
-def test_two_processes_learn_what_one_does_and_one_goes_on_where_two_stopped(how, whole_run, tmp_path):
+def test_two_processes_learn_what_one_does_and_one_goes_on_where_two_stopped(
+    how, whole_run, tmp_path
+):
     where = [*SMALL, "--output-dir", str(tmp_path), "--run-name", "two"]
     finish(start([*where, "--max-steps", "1", *how], processes=2))
     one, two = metrics_of(whole_run)[0], metrics_of(tmp_path / "two")[0]
@@ -456,18 +514,32 @@ def test_two_processes_learn_what_one_does_and_one_goes_on_where_two_stopped(how
     finish(start([*where, "--max-steps", "2", "--resume", "latest"]))
     assert [line["step"] for line in metrics_of(tmp_path / "two")] == [0, 1]
     for name in ("reward/hps", "kl", "adversarial/margin"):
-        assert metrics_of(tmp_path / "two")[1][name] == pytest.approx(metrics_of(whole_run)[1][name], abs=1e-3)
+        assert metrics_of(tmp_path / "two")[1][name] == pytest.approx(
+            metrics_of(whole_run)[1][name], abs=1e-3
+        )
 
 
 @pytest.mark.slow
 def test_a_dead_process_ends_the_others_and_torchrun_goes_on_from_the_checkpoint(tmp_path):
-    where = [*SMALL, "--output-dir", str(tmp_path), "--run-name", "mortal", "--save-steps", "1", "--resume", "latest"]
+    where = [
+        *SMALL,
+        "--output-dir",
+        str(tmp_path),
+        "--run-name",
+        "mortal",
+        "--save-steps",
+        "1",
+        "--resume",
+        "latest",
+    ]
     # Three restarts, as in the README's recipe: now and then gloo does not find its peer again at the first attempt.
     process = start([*where, "--max-steps", "5"], processes=2, restarts=3)
     log = tmp_path / "mortal/metrics.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) >= 2) and process.poll() is None:
         time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
     finish(process)
     assert [line["step"] for line in metrics_of(tmp_path / "mortal")] == [0, 1, 2, 3, 4]

@@ -13,8 +13,8 @@ from PIL import Image
 
 import artifact_reward
 import grpo
-from training import harness
 import rewards
+from training import harness
 
 NAN = math.nan
 
@@ -23,7 +23,12 @@ NAN = math.nan
 
 
 def test_every_spelling_of_yes_and_no_counts():
-    top = [("No", math.log(0.5)), (" no", math.log(0.1)), ("YES", math.log(0.2)), ("Perhaps", math.log(0.1))]
+    top = [
+        ("No", math.log(0.5)),
+        (" no", math.log(0.1)),
+        ("YES", math.log(0.2)),
+        ("Perhaps", math.log(0.1)),
+    ]
     assert artifact_reward.p_no(top) == pytest.approx(0.75)
 
 
@@ -53,13 +58,23 @@ class Judge(http.server.BaseHTTPRequestHandler):
     def reply(self, status, body, headers=()):
         data = json.dumps(body).encode()
         self.send_response(status)
-        for name, value in [("Content-Length", str(len(data))), ("Content-Type", "application/json"), *headers]:
+        for name, value in [
+            ("Content-Length", str(len(data))),
+            ("Content-Type", "application/json"),
+            *headers,
+        ]:
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
 
     def do_GET(self):
-        self.reply(200, {"object": "list", "data": [{"id": "qwen", "object": "model", "created": 0, "owned_by": "us"}]})
+        self.reply(
+            200,
+            {
+                "object": "list",
+                "data": [{"id": "qwen", "object": "model", "created": 0, "owned_by": "us"}],
+            },
+        )
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -80,14 +95,39 @@ class Judge(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Type", "application/json")
             self.end_headers()
             return self.wfile.write(b'{"choices": [{"ind')
-        top = {"garbage": [("The", -0.1)], "spellings": [(" no", -1.2), ("NO", -1.0), (" YES", -1.8)],
-               "none": []}.get(what, GOOD)
-        content = [{"token": top[0][0], "logprob": top[0][1], "bytes": None,
-                    "top_logprobs": [{"token": t, "logprob": p, "bytes": None} for t, p in top]}] if top else []
-        choice = {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": "x"},
-                  "logprobs": {"content": content} if top else None}
-        self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "qwen",
-                         "choices": [] if what == "empty" else [choice]})
+        top = {
+            "garbage": [("The", -0.1)],
+            "spellings": [(" no", -1.2), ("NO", -1.0), (" YES", -1.8)],
+            "none": [],
+        }.get(what, GOOD)
+        content = (
+            [
+                {
+                    "token": top[0][0],
+                    "logprob": top[0][1],
+                    "bytes": None,
+                    "top_logprobs": [{"token": t, "logprob": p, "bytes": None} for t, p in top],
+                }
+            ]
+            if top
+            else []
+        )
+        choice = {
+            "index": 0,
+            "finish_reason": "length",
+            "message": {"role": "assistant", "content": "x"},
+            "logprobs": {"content": content} if top else None,
+        }
+        self.reply(
+            200,
+            {
+                "id": "1",
+                "object": "chat.completion",
+                "created": 0,
+                "model": "qwen",
+                "choices": [] if what == "empty" else [choice],
+            },
+        )
 
 
 @pytest.fixture
@@ -99,7 +139,9 @@ def server(monkeypatch):
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
 
     def behave(what="good"):
-        monkeypatch.setattr(Judge, "behaviour", staticmethod(what if callable(what) else lambda n: what))
+        monkeypatch.setattr(
+            Judge, "behaviour", staticmethod(what if callable(what) else lambda n: what)
+        )
         return f"http://127.0.0.1:{httpd.server_port}/v1"
 
     yield behave
@@ -111,16 +153,21 @@ def judged(url, n=1, timeout=0.5, **options):
     return artifact_reward.ask(judge, "Broken?", [Image.new("RGB", (8, 8))] * n), judge.failures
 
 
-@pytest.mark.parametrize("what, requests, reason", [
-    ("400", 1, "picture too large"),  # the request is at fault: asking again would not help
-    ("garbage", 1, "neither yes nor no, but 'The'"),
-    ("empty", 1, "without logprobs"),
-    ("none", 1, "without logprobs"),
-    ("500", 2, "oops"),
-    ("hang", 2, "APITimeoutError"),
-    ("half", None, "Error"),
-])
-def test_a_judge_that_gives_no_answer_gives_no_score_and_the_reason_is_kept(server, what, requests, reason):
+@pytest.mark.parametrize(
+    "what, requests, reason",
+    [
+        ("400", 1, "picture too large"),  # the request is at fault: asking again would not help
+        ("garbage", 1, "neither yes nor no, but 'The'"),
+        ("empty", 1, "without logprobs"),
+        ("none", 1, "without logprobs"),
+        ("500", 2, "oops"),
+        ("hang", 2, "APITimeoutError"),
+        ("half", None, "Error"),
+    ],
+)
+def test_a_judge_that_gives_no_answer_gives_no_score_and_the_reason_is_kept(
+    server, what, requests, reason
+):
     (score,), failures = judged(server(what), retries=1)
     assert math.isnan(score) and len(failures) == 1 and reason in next(iter(failures))
     assert requests is None or len(Judge.requests) == requests
@@ -152,17 +199,23 @@ def test_one_failing_picture_leaves_the_others_their_scores(server):
 def test_a_hanging_request_does_not_hold_up_the_others(server):
     start = time.monotonic()
     scores, _ = judged(server(lambda n: "hang" if n % 2 else "good"), n=16, timeout=1.5, retries=0)
-    assert sum(map(math.isnan, scores)) == 8 and time.monotonic() - start < 6  # one after the other: 8 x 1.5 s
+    assert (
+        sum(map(math.isnan, scores)) == 8 and time.monotonic() - start < 6
+    )  # one after the other: 8 x 1.5 s
 
 
 def test_several_servers_share_the_work(server):
     url = server()
     judge = artifact_reward.ServedJudge([url, url + "/"])
-    assert artifact_reward.ask(judge, "Broken?", [Image.new("RGB", (8, 8))] * 6) == pytest.approx([P_GOOD] * 6)
+    assert artifact_reward.ask(judge, "Broken?", [Image.new("RGB", (8, 8))] * 6) == pytest.approx(
+        [P_GOOD] * 6
+    )
 
 
 def test_the_judge_sees_the_question_and_a_lossless_picture_and_not_the_prompt(server):
-    artifact_reward.ArtifactReward(judge_urls=[server()], question="Broken?")(["SECRET"], [Image.new("RGB", (8, 8))])
+    artifact_reward.ArtifactReward(judge_urls=[server()], question="Broken?")(
+        ["SECRET"], [Image.new("RGB", (8, 8))]
+    )
     sent = json.dumps(Judge.requests[-1])
     assert "SECRET" not in sent and "Broken?" in sent and "data:image/png;base64," in sent
 
@@ -171,7 +224,10 @@ def test_a_question_is_a_text_of_any_length_or_a_file(tmp_path, capsys):
     long, file = "Is anything broken? " * 40, tmp_path / "question.txt"
     file.write_text("Any noise?\n")
     assert artifact_reward.read_question(long) == long.strip()
-    assert artifact_reward.read_question(str(file)) == "Any noise?" and artifact_reward.read_question(None) is None
+    assert (
+        artifact_reward.read_question(str(file)) == "Any noise?"
+        and artifact_reward.read_question(None) is None
+    )
     file.write_text("\n")
     with pytest.raises(SystemExit):
         artifact_reward.read_question(str(file))
@@ -200,11 +256,15 @@ def test_a_model_that_is_not_served_is_refused(server, capsys):
 def test_the_canary_lives_with_the_tiny_judge(artifact):
     artifact.check()
     first, second = artifact_reward.canary(), artifact_reward.canary()
-    assert [a.tobytes() for a in first] == [b.tobytes() for b in second] and first[0].tobytes() != first[1].tobytes()
+    assert [a.tobytes() for a in first] == [b.tobytes() for b in second] and first[
+        0
+    ].tobytes() != first[1].tobytes()
 
 
 def test_a_judge_that_cannot_tell_torn_from_whole_is_not_trained_on(server, capsys):
-    reward = artifact_reward.ArtifactReward(judge_urls=[server()])  # it says the same of every picture
+    reward = artifact_reward.ArtifactReward(
+        judge_urls=[server()]
+    )  # it says the same of every picture
     with pytest.raises(SystemExit) as stop:
         reward.check()
     assert stop.value.code == 2 and "wrong way round" in capsys.readouterr().err
@@ -217,10 +277,30 @@ def test_a_dying_judge_stops_the_run_after_a_checkpoint_and_is_quoted(server, tm
         return "400" if n >= 2 + 4 + 4 else "good"
 
     url = server(behaviour)
-    args = ["--rewards", "hps,artifact", "--judge-url", url, "--max-steps", "9", "--num-generations", "2",
-            "--prompts-per-step", "2", "--eval-images", "4", "--best-of", "0", "--output-dir", str(tmp_path)]
+    args = [
+        "--rewards",
+        "hps,artifact",
+        "--judge-url",
+        url,
+        "--max-steps",
+        "9",
+        "--num-generations",
+        "2",
+        "--prompts-per-step",
+        "2",
+        "--eval-images",
+        "4",
+        "--best-of",
+        "0",
+        "--output-dir",
+        str(tmp_path),
+    ]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(artifact_reward.ArtifactReward, "check", lambda self: self([""] * 2, artifact_reward.canary()))
+        patch.setattr(
+            artifact_reward.ArtifactReward,
+            "check",
+            lambda self: self([""] * 2, artifact_reward.canary()),
+        )
         grpo.main(tyro.cli(grpo.Config, args=args))
     assert stop.value.code == 3 and "picture too large" in capsys.readouterr().err
     (run,) = tmp_path.iterdir()
@@ -250,7 +330,12 @@ def test_a_remote_reward_works_while_the_policy_does():
 def test_the_answer_can_be_looked_at(tmp_path, capsys):
     for name, image in zip(("whole", "torn"), artifact_reward.canary()):
         image.save(tmp_path / f"{name}.png")
-    args = [str(tmp_path / "whole.png"), str(tmp_path / "torn.png"), "--explain", str(tmp_path / "page.html")]
+    args = [
+        str(tmp_path / "whole.png"),
+        str(tmp_path / "torn.png"),
+        "--explain",
+        str(tmp_path / "page.html"),
+    ]
     with pytest.raises(SystemExit) as stop:
         artifact_reward.main(tyro.cli(artifact_reward.Config, args=args))
     page = (tmp_path / "page.html").read_text()

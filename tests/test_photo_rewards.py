@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from reward_models import maniqa
 import rewards
+from reward_models import maniqa
 
 DATA = rewards.HERE / "tests" / "data"
 
@@ -16,8 +16,10 @@ DATA = rewards.HERE / "tests" / "data"
 def recorded(name):
     """(what was recorded, the pictures as the original saw them)"""
     known = json.loads((DATA / name / "expected.json").read_text())
-    images = [Image.open(rewards.HERE / path).convert("RGB").resize(known["resized to"], Image.LANCZOS)
-              for path in known["pictures"]]
+    images = [
+        Image.open(rewards.HERE / path).convert("RGB").resize(known["resized to"], Image.LANCZOS)
+        for path in known["pictures"]
+    ]
     return known, images
 
 
@@ -39,7 +41,9 @@ def test_maniqa_computes_what_the_original_computed(small_maniqa):
 
 
 def test_maniqa_of_full_size_has_the_names_and_shapes_of_the_published_checkpoint():
-    listed = dict(line.split("\t") for line in (DATA / "maniqa" / "names.txt").read_text().splitlines())
+    listed = dict(
+        line.split("\t") for line in (DATA / "maniqa" / "names.txt").read_text().splitlines()
+    )
     with torch.device("meta"):
         state = maniqa.MANIQA().state_dict()
     assert {name: str(list(value.shape)) for name, value in state.items()} == listed
@@ -71,7 +75,9 @@ def test_orm_computes_what_the_original_computed(orm):
     known, images = recorded("orm")
     for prompt, expected in known["scores"].items():
         expected = torch.tensor(expected)
-        assert (orm([prompt] * len(images), images) - expected).abs().max() < 1e-5 and expected.std() > 1e-2
+        assert (
+            orm([prompt] * len(images), images) - expected
+        ).abs().max() < 1e-5 and expected.std() > 1e-2
 
 
 def test_questions_of_different_lengths_do_not_disturb_each_other(orm):
@@ -95,7 +101,9 @@ def test_unified_in_llavas_format_writes_and_what_is_no_score_is_no_number(monke
     texts = iter(["Final Score: 4", "no idea", "Final Score: 9"])
     monkeypatch.setattr(reward.here, "write", lambda asked, *_: [next(texts) for _ in asked])
     scores = reward(["a star"] * 3, images[:3])
-    assert scores[0] == 4 and scores[1:].isnan().all()  # no score, and one out of range, are no numbers
+    assert (
+        scores[0] == 4 and scores[1:].isnan().all()
+    )  # no score, and one out of range, are no numbers
     assert reward.question.replace("{}", "x") != reward.question
 
 
@@ -124,7 +132,9 @@ def vqascore():
 
 def test_vqascore_computes_what_the_original_computed(vqascore):
     known, images = recorded("vqascore")
-    for prompt, expected in known["scores"].items():  # of the order of .003, so the difference is relative
+    for prompt, expected in known[
+        "scores"
+    ].items():  # of the order of .003, so the difference is relative
         expected = torch.tensor(expected)
         assert (vqascore([prompt] * len(images), images) / expected - 1).abs().max() < 1e-4
         assert expected.std() / expected.mean() > 1e-2
@@ -150,28 +160,86 @@ def parameters(kind, config):
 
 
 def test_architectures_of_full_size_have_the_published_numbers_of_parameters():
-    from transformers import (CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, LlavaOnevisionConfig,
-                              LlavaOnevisionForConditionalGeneration, T5Config, T5ForConditionalGeneration)
+    from transformers import (
+        CLIPConfig,
+        CLIPModel,
+        Dinov2Config,
+        Dinov2Model,
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
     clip_h = CLIPConfig(
-        text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                         projection_dim=1024, hidden_act="gelu"),
-        vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
-                           patch_size=14, image_size=224, projection_dim=1024, hidden_act="gelu"), projection_dim=1024)
+        text_config=dict(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            projection_dim=1024,
+            hidden_act="gelu",
+        ),
+        vision_config=dict(
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_hidden_layers=32,
+            num_attention_heads=16,
+            patch_size=14,
+            image_size=224,
+            projection_dim=1024,
+            hidden_act="gelu",
+        ),
+        projection_dim=1024,
+    )
     assert parameters(CLIPModel, clip_h) == 986_109_441  # HPS v2.1, PickScore
     orm = LlavaOnevisionConfig(
-        text_config=dict(model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-                         num_attention_heads=28, num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
-        vision_config=dict(model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304, patch_size=14,
-                           num_hidden_layers=26, num_attention_heads=16, image_size=384, vision_use_head=False),
-        tie_word_embeddings=False)
-    assert parameters(LlavaOnevisionForConditionalGeneration, orm) == pytest.approx(8.030e9, rel=1e-3)
-    for width, hidden, heads, expected in ((2048, 5120, 32, 2.850e9), (4096, 10240, 64, 11.135e9)):  # flan-t5-xl, -xxl
-        t5 = T5Config(d_model=width, d_ff=hidden, num_heads=heads, d_kv=64, num_layers=24, vocab_size=32128,
-                      feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+        text_config=dict(
+            model_type="qwen2",
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            vocab_size=152064,
+            tie_word_embeddings=False,
+        ),
+        vision_config=dict(
+            model_type="siglip_vision_model",
+            hidden_size=1152,
+            intermediate_size=4304,
+            patch_size=14,
+            num_hidden_layers=26,
+            num_attention_heads=16,
+            image_size=384,
+            vision_use_head=False,
+        ),
+        tie_word_embeddings=False,
+    )
+    assert parameters(LlavaOnevisionForConditionalGeneration, orm) == pytest.approx(
+        8.030e9, rel=1e-3
+    )
+    for width, hidden, heads, expected in (
+        (2048, 5120, 32, 2.850e9),
+        (4096, 10240, 64, 11.135e9),
+    ):  # flan-t5-xl, -xxl
+        t5 = T5Config(
+            d_model=width,
+            d_ff=hidden,
+            num_heads=heads,
+            d_kv=64,
+            num_layers=24,
+            vocab_size=32128,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+        )
         # Built, its head and its embedding are one matrix; loaded, they are two.
-        assert parameters(T5ForConditionalGeneration, t5) + 32128 * width == pytest.approx(expected, rel=1e-3)
-    base = Dinov2Config(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, patch_size=14, image_size=518)
+        assert parameters(T5ForConditionalGeneration, t5) + 32128 * width == pytest.approx(
+            expected, rel=1e-3
+        )
+    base = Dinov2Config(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, patch_size=14, image_size=518
+    )
     assert parameters(Dinov2Model, base) == pytest.approx(86.58e6, rel=1e-3)
     with torch.device("meta"):
         assert sum(p.numel() for p in maniqa.MANIQA().parameters()) == 135_747_530

@@ -19,9 +19,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import artifact_reward
 import generate
 import grpo
-from training import harness
 import rewards
 from reward_models import serving
+from training import harness
 
 NAN = math.nan
 
@@ -41,7 +41,11 @@ def test_rewards_are_floats_one_per_picture_and_independent_of_the_batch(hps, ar
     prompts = ["a red square", "a red square", "a blue square"]
     for reward in (hps, artifact, rewards.load("gold")):
         together = reward(prompts, images, None)
-        assert together.dtype == torch.float32 and together.shape == (3,) and together.device.type == "cpu"
+        assert (
+            together.dtype == torch.float32
+            and together.shape == (3,)
+            and together.device.type == "cpu"
+        )
         assert torch.allclose(together[1:2], reward(prompts[1:2], images[1:2], None), atol=1e-5)
 
 
@@ -76,7 +80,9 @@ SCORES, WEIGHTS = {"a": A, "b": B}, {"a": 1.0, "b": 2.0}
 
 
 def test_sum_weighs_and_adds():
-    assert torch.allclose(rewards.combine(SCORES, WEIGHTS, 4, "sum"), torch.tensor([0.6, 1.6, 2.2, 1.2]))
+    assert torch.allclose(
+        rewards.combine(SCORES, WEIGHTS, 4, "sum"), torch.tensor([0.6, 1.6, 2.2, 1.2])
+    )
 
 
 def test_normalized_forgets_scale():
@@ -101,13 +107,22 @@ def test_min_is_the_worst_opinion_and_mean_the_average():
 
 def test_pareto_leaves_out_who_is_beaten_in_everything():
     # (0,.3) is beaten by (1,.3), (1,.1) by both (1,.3) and (2,.1); (1,.3) and (2,.1) by nobody.
-    assert rewards.combine(SCORES, WEIGHTS, 4, "pareto").isnan().tolist() == [True, False, False, True]
+    assert rewards.combine(SCORES, WEIGHTS, 4, "pareto").isnan().tolist() == [
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_the_multiplier_rises_below_the_floor_and_falls_above_it_never_below_zero():
-    below = rewards.update_multipliers({"b": 0.0}, {"b": torch.tensor([0.2, 0.4, NAN])}, {"b": 0.8}, rate=1.0)
+    below = rewards.update_multipliers(
+        {"b": 0.0}, {"b": torch.tensor([0.2, 0.4, NAN])}, {"b": 0.8}, rate=1.0
+    )
     assert below["b"] == pytest.approx(0.5)
-    assert rewards.update_multipliers({"b": 0.1}, {"b": torch.ones(2)}, {"b": 0.5}, rate=1.0)["b"] == 0
+    assert (
+        rewards.update_multipliers({"b": 0.1}, {"b": torch.ones(2)}, {"b": 0.5}, rate=1.0)["b"] == 0
+    )
     total = rewards.combine(SCORES, WEIGHTS, 4, "constrained", {"b": 10.0})
     assert torch.allclose(total, A + 10 * B)
 
@@ -115,7 +130,12 @@ def test_the_multiplier_rises_below_the_floor_and_falls_above_it_never_below_zer
 def test_a_failed_score_makes_the_total_nan_and_leaves_the_others_alone():
     broken = {"a": torch.tensor([0.0, NAN, 2.0, 1.0]), "b": B}
     for how in ("sum", "normalized", "mean", "min", "uwo"):
-        assert rewards.combine(broken, WEIGHTS, 4, how).isnan().tolist() == [False, True, False, False]
+        assert rewards.combine(broken, WEIGHTS, 4, how).isnan().tolist() == [
+            False,
+            True,
+            False,
+            False,
+        ]
 
 
 def test_a_reward_of_the_wrong_length_stops_the_run():
@@ -127,10 +147,20 @@ def test_image_statistics_by_hand():
     black, red = (Image.new("RGB", (8, 8), color) for color in ((0, 0, 0), (255, 0, 0)))
     half = black.copy()
     half.paste((255, 255, 255), (4, 0, 8, 8))
-    got = rewards.score({name: rewards.load(name) for name in rewards.STATS}, ["p"] * 3, [black, red, half])
+    got = rewards.score(
+        {name: rewards.load(name) for name in rewards.STATS}, ["p"] * 3, [black, red, half]
+    )
     assert got["brightness"].tolist() == [0, 1, 0.5] and got["saturation"].tolist() == [0, 1, 0]
-    assert got["edges"].tolist() == [0, 0, pytest.approx((1 / 7 + 0) / 2)]  # one step in seven, across; none down
-    assert got["entropy"].tolist() == [0, 0, pytest.approx(1 / 6)]  # one bit of the six that 64 boxes can have
+    assert got["edges"].tolist() == [
+        0,
+        0,
+        pytest.approx((1 / 7 + 0) / 2),
+    ]  # one step in seven, across; none down
+    assert got["entropy"].tolist() == [
+        0,
+        0,
+        pytest.approx(1 / 6),
+    ]  # one bit of the six that 64 boxes can have
 
 
 def test_stats_names_all_four_and_none_of_them_trains(capsys):
@@ -155,14 +185,20 @@ def clip(tmp_path_factory, hps):
     return folder
 
 
-PHOTOS = [Image.effect_mandelbrot((90, 60), (-2, -1.5, 1, 1.5), 40), Image.radial_gradient("L"), Image.linear_gradient("L")]
+PHOTOS = [
+    Image.effect_mandelbrot((90, 60), (-2, -1.5, 1, 1.5), 40),
+    Image.radial_gradient("L"),
+    Image.linear_gradient("L"),
+]
 ASKED = ["a red circle", "two blue stars", "a red circle"]
 
 
 def theirs(folder):
     """logits_per_image and unit embeddings by CLIPModel.forward and CLIP's own image processor."""
-    model, processor = CLIPModel.from_pretrained(folder), CLIPImageProcessorPil(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    model, processor = (
+        CLIPModel.from_pretrained(folder),
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    )
     pixels = processor([image.convert("RGB") for image in PHOTOS], return_tensors="pt").pixel_values
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     words = tokenizer(ASKED, padding="max_length", max_length=24, return_tensors="pt")
@@ -191,13 +227,19 @@ def test_a_missing_head_is_named_with_the_command_that_fetches_it(capsys):
 def test_a_group_reads_its_prompt_once(hps, monkeypatch):
     read = []
     text = hps.model.get_text_features
-    monkeypatch.setattr(hps.model, "get_text_features", lambda **words: read.append(len(words["input_ids"])) or text(**words))
+    monkeypatch.setattr(
+        hps.model,
+        "get_text_features",
+        lambda **words: read.append(len(words["input_ids"])) or text(**words),
+    )
     hps(["a red star"] * 8, [Image.new("RGB", (32, 32))] * 8)
     assert read == [1]
 
 
 def test_noise_compresses_badly_and_emptiness_well():
-    flat, noisy = rewards.load("jpeg")(["", ""], [Image.new("RGB", (64, 64)), Image.effect_noise((64, 64), 90)])
+    flat, noisy = rewards.load("jpeg")(
+        ["", ""], [Image.new("RGB", (64, 64)), Image.effect_noise((64, 64), 90)]
+    )
     assert -1 < flat < 0 and noisy < 2 * flat
 
 
@@ -228,7 +270,12 @@ def test_a_server_that_dies_gives_nan_and_its_reason(served, monkeypatch):
 
 def test_bad_requests_are_refused_and_the_server_lives_on(served):
     assert requests.post(f"{served}/score", data=b"{").status_code == 400
-    assert requests.post(f"{served}/score", json={"prompts": ["x"], "images": [], "metadata": []}).status_code == 400
+    assert (
+        requests.post(
+            f"{served}/score", json={"prompts": ["x"], "images": [], "metadata": []}
+        ).status_code
+        == 400
+    )
     assert requests.get(f"{served}/about").json()["name"] == "hps"
 
 
@@ -252,13 +299,23 @@ def test_deqa_lives_in_an_environment_of_its_own(tmp_path, capsys):
     (tmp_path / "src").mkdir()
     (tmp_path / "src/__init__.py").write_text(
         "import torch\nclass Scorer:\n    def __init__(self, pretrained, device): pass\n"
-        "    def __call__(self, images): return torch.tensor([image.width / 8 for image in images]).half()\n")
-    server = subprocess.Popen([sys.executable, "reward_models/deqa_server.py", "--port", "0"], cwd=rewards.HERE, text=True,
-                              stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+        "    def __call__(self, images): return torch.tensor([image.width / 8 for image in images]).half()\n"
+    )
+    server = subprocess.Popen(
+        [sys.executable, "reward_models/deqa_server.py", "--port", "0"],
+        cwd=rewards.HERE,
+        text=True,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
     try:
         url = re.search(r"http://[\d.:]+", server.stdout.readline())[0]
-        images = [Image.new("RGB", (8 * (i % 5 + 1), 8)) for i in range(19)]  # more than two batches
-        assert rewards.load("deqa", url=url)(["p"] * 19, images).tolist() == [i % 5 + 1 for i in range(19)]
+        images = [
+            Image.new("RGB", (8 * (i % 5 + 1), 8)) for i in range(19)
+        ]  # more than two batches
+        assert rewards.load("deqa", url=url)(["p"] * 19, images).tolist() == [
+            i % 5 + 1 for i in range(19)
+        ]
     finally:
         server.kill()
 
@@ -301,8 +358,16 @@ def test_the_judge_answers_the_question_it_is_asked(artifact):
     rng = random.Random(0)
     scenes = [tiny.sample_scene([("circle", None), ("square", None)], None, rng) for _ in range(48)]
     noisy = [tiny.to_image(tiny.corrupt(scene, "noise", 0.8, rng)) for scene in scenes]
-    about_noise = torch.tensor(artifact_reward.ask(artifact.judge, "Do you see noise in this picture? Answer yes or no.", noisy))
-    about_stains = torch.tensor(artifact_reward.ask(artifact.judge, "Do you see stains in this picture? Answer yes or no.", noisy))
+    about_noise = torch.tensor(
+        artifact_reward.ask(
+            artifact.judge, "Do you see noise in this picture? Answer yes or no.", noisy
+        )
+    )
+    about_stains = torch.tensor(
+        artifact_reward.ask(
+            artifact.judge, "Do you see stains in this picture? Answer yes or no.", noisy
+        )
+    )
     assert about_noise.mean() < 0.3 < 0.7 < about_stains.mean()
 
 
@@ -318,10 +383,14 @@ DATA = rewards.HERE / "tests" / "data"
 
 
 def largest_difference(reward, recorded, scores):
-    images = [Image.open(rewards.HERE / name).convert("RGB").resize(recorded["resized to"], Image.LANCZOS)
-              for name in recorded["pictures"]]
-    return max((reward([prompt] * len(images), images) - torch.tensor(expected)).abs().max().item()
-               for prompt, expected in scores.items())
+    images = [
+        Image.open(rewards.HERE / name).convert("RGB").resize(recorded["resized to"], Image.LANCZOS)
+        for name in recorded["pictures"]
+    ]
+    return max(
+        (reward([prompt] * len(images), images) - torch.tensor(expected)).abs().max().item()
+        for prompt, expected in scores.items()
+    )
 
 
 def test_imagereward_computes_what_the_original_computed():
@@ -340,14 +409,34 @@ def original(tmp_path_factory, hps):
         hps.tokenizer.save_pretrained(folder)
         act = "quick_gelu" if name == "aesthetic" else "gelu"  # OpenAI's CLIPs have the former
         config = CLIPConfig(
-            text_config=dict(vocab_size=len(hps.tokenizer), hidden_size=32, intermediate_size=128, num_hidden_layers=2,
-                             num_attention_heads=2, max_position_embeddings=24, hidden_act=act,
-                             eos_token_id=hps.tokenizer.eos_token_id),
-            vision_config=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-                               image_size=32, patch_size=8, hidden_act=act), projection_dim=32)
-        state = torch.load(DATA / "open_clip/HPS_v2.1_compressed.pt", weights_only=True)["state_dict"]
+            text_config=dict(
+                vocab_size=len(hps.tokenizer),
+                hidden_size=32,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=24,
+                hidden_act=act,
+                eos_token_id=hps.tokenizer.eos_token_id,
+            ),
+            vision_config=dict(
+                hidden_size=64,
+                intermediate_size=256,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                image_size=32,
+                patch_size=8,
+                hidden_act=act,
+            ),
+            projection_dim=32,
+        )
+        state = torch.load(DATA / "open_clip/HPS_v2.1_compressed.pt", weights_only=True)[
+            "state_dict"
+        ]
         model = CLIPModel(config)
-        model.load_state_dict(rewards.from_open_clip(state))  # strict: every key is used, every weight filled
+        model.load_state_dict(
+            rewards.from_open_clip(state)
+        )  # strict: every key is used, every weight filled
         model.save_pretrained(folder)
         for file in ("HPS_v2.1_compressed.pt", "sa_0_4_vit_l_14_linear.pth"):
             shutil.copy(DATA / "open_clip" / file, folder)
@@ -365,5 +454,7 @@ def test_rewards_on_a_clip_compute_what_open_clip_computed(name, original):
 
 def test_a_reward_that_learns_cannot_score_before_it_has_learned(capsys):
     with pytest.raises(SystemExit):
-        rewards.main(rewards.Config("score", "adversarial", ("tiny_world/pairs/test/0000_clean.png",)))
+        rewards.main(
+            rewards.Config("score", "adversarial", ("tiny_world/pairs/test/0000_clean.png",))
+        )
     assert "beside a policy" in capsys.readouterr().err

@@ -10,7 +10,9 @@ from tiny_world import world as tiny
 
 ROWS = tiny.prompt_rows("train", 30)
 PROMPTS = [row["prompt"] for row in ROWS]
-SCENES = [tiny.sample_scene(*tiny.wanted(prompt), random.Random(i)) for i, prompt in enumerate(PROMPTS)]
+SCENES = [
+    tiny.sample_scene(*tiny.wanted(prompt), random.Random(i)) for i, prompt in enumerate(PROMPTS)
+]
 
 
 def gold_of(pixels, prompts=PROMPTS):
@@ -27,9 +29,12 @@ def test_a_clean_drawing_is_gold():
 @pytest.mark.parametrize("kind", tiny.CORRUPTIONS)
 def test_every_corruption_lowers_gold_the_more_the_stronger_it_is(kind):
     by_strength = [
-        gold_of([tiny.corrupt(scene, kind, strength, random.Random(i)) for i, scene in enumerate(SCENES)])[
-            2
-        ].mean()
+        gold_of(
+            [
+                tiny.corrupt(scene, kind, strength, random.Random(i))
+                for i, scene in enumerate(SCENES)
+            ]
+        )[2].mean()
         for strength in (0, 0.25, 0.5, 0.75, 1)
     ]
     assert all(a > b for a, b in zip(by_strength, by_strength[1:])), by_strength
@@ -47,7 +52,9 @@ def test_gold_finds_shape_colour_size_and_place():
     for thing, truth in zip(sorted(found[0], key=lambda t: t.x), scene):
         assert (thing.shape, thing.color) == (truth.shape, truth.color)
         assert (
-            abs(thing.x - truth.x) <= 0.5 and abs(thing.y - truth.y) <= 0.5 and abs(thing.r - truth.r) <= 0.5
+            abs(thing.x - truth.x) <= 0.5
+            and abs(thing.y - truth.y) <= 0.5
+            and abs(thing.r - truth.r) <= 0.5
         )
         assert abs(thing.vivid - truth.vivid) < 0.1
 
@@ -85,7 +92,10 @@ def test_train_and_test_prompts_are_disjoint_even_in_another_word_order():
 
 
 def test_prompt_rows_have_the_fields_of_t2i_r1():
-    rows = {row["prompt"]: row for row in tiny.prompt_rows("train", 10**6) + tiny.prompt_rows("test", 10**6)}
+    rows = {
+        row["prompt"]: row
+        for row in tiny.prompt_rows("train", 10**6) + tiny.prompt_rows("test", 10**6)
+    }
     assert rows["a red circle left of a blue square"]["spatial_info"] == {
         "obj1": "red circle",
         "obj2": "blue square",
@@ -113,13 +123,20 @@ def test_the_policy_says_what_it_is_going_to_paint(policy):
     """Its thought decides: told to think of a large circle, it paints a larger one."""
     sizes = []
     for size in ("small", "large"):
-        ids, mask = generate.image_context(policy, ["a red circle"] * 32, [f"{size} red circle middle center"] * 32)
+        ids, mask = generate.image_context(
+            policy, ["a red circle"] * 32, [f"{size} red circle middle center"] * 32
+        )
         uniform = generate.noise([(0, 0, i) for i in range(32)], 64)
         with torch.no_grad():
             tokens = generate.decode(
-                policy, ids, mask, 64, uniform,
+                policy,
+                ids,
+                mask,
+                64,
+                uniform,
                 lambda t: policy.model.prepare_embeddings_for_image_generation(t[:, None]),
-                policy.model.model.generation_head)
+                policy.model.model.generation_head,
+            )
             found, _ = tiny.explain(generate.to_images(policy, tokens))
         sizes.append(sum(max((t.r for t in things), default=0) for things in found) / 32)
     assert sizes[0] + 1 < sizes[1]

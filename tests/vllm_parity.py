@@ -45,9 +45,24 @@ class Config:
 
 
 def main(cfg):
-    command = [cfg.python, "-m", "vllm.entrypoints.openai.api_server", "--model", cfg.checkpoint, "--port", str(cfg.port),
-               "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512",
-               "--max-logprobs", "20"]
+    command = [
+        cfg.python,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        cfg.checkpoint,
+        "--port",
+        str(cfg.port),
+        "--host",
+        "127.0.0.1",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "512",
+        "--max-logprobs",
+        "20",
+    ]
     server = subprocess.Popen(command, env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"})
     try:
         url, start = f"http://127.0.0.1:{cfg.port}", time.time()
@@ -62,15 +77,25 @@ def main(cfg):
         print(f"ready after {time.time() - start:.0f} s")
         folder = ROOT / "tiny_world" / "pairs"
         rows = read_jsonl(folder / "test.jsonl")[:32]
-        images = [Image.open(folder / row[side]).convert("RGB") for row in rows for side in ("clean", "broken")]
-        question = (ROOT / "tiny_world" / "checkpoints" / "artifact" / "artifact.txt").read_text().strip()
+        images = [
+            Image.open(folder / row[side]).convert("RGB")
+            for row in rows
+            for side in ("clean", "broken")
+        ]
+        question = (
+            (ROOT / "tiny_world" / "checkpoints" / "artifact" / "artifact.txt").read_text().strip()
+        )
         scores = {}
-        for name, judge in (("in-process", artifact_reward.LocalJudge(cfg.checkpoint, "cpu")),
-                            ("served", artifact_reward.ServedJudge([f"{url}/v1"]))):
+        for name, judge in (
+            ("in-process", artifact_reward.LocalJudge(cfg.checkpoint, "cpu")),
+            ("served", artifact_reward.ServedJudge([f"{url}/v1"])),
+        ):
             artifact_reward.ask(judge, question, images[:8])  # warm
             begin = time.time()
             scores[name] = torch.tensor(artifact_reward.ask(judge, question, images))
-            print(f"{name}: {len(images) / (time.time() - begin):.1f} pictures/s, {dict(judge.failures)}")
+            print(
+                f"{name}: {len(images) / (time.time() - begin):.1f} pictures/s, {dict(judge.failures)}"
+            )
         gap = (scores["served"] - scores["in-process"]).abs().max().item()
         print(f"largest difference of {len(images)} scores: {gap:.2e}")
         sys.exit(0 if gap <= 1e-3 else 1)

@@ -14,8 +14,8 @@ Left out: remote code; a pipeline is loaded from safetensors by diffusers' own c
 from pathlib import Path
 
 import generate
-from training import sharding as scale
 from tiny_world import world as tiny
+from training import sharding as scale
 from training.files import usage_error
 
 
@@ -27,7 +27,9 @@ def is_pipeline(name_or_path):
 
     try:
         return bool(hf_hub_download(name_or_path, "model_index.json"))
-    except Exception:  # it has none, or there is no network: generate.load_policy says what is wrong
+    except (
+        Exception
+    ):  # it has none, or there is no network: generate.load_policy says what is wrong
         return False
 
 
@@ -40,7 +42,9 @@ def pipeline_painter(name_or_path, device, dtype, cfg_weight):
     guidance = {} if cfg_weight is None else {"guidance_scale": cfg_weight}
 
     def by_pipeline(prompts, keys):
-        images = pipeline(prompts, generator=[generate.generator(key) for key in keys], **guidance).images
+        images = pipeline(
+            prompts, generator=[generate.generator(key) for key in keys], **guidance
+        ).images
         return images, [""] * len(prompts)
 
     return by_pipeline
@@ -52,13 +56,17 @@ def painter(cfg):
         style = cfg.model.removeprefix("drawn-")
         if style not in tiny.STYLES:
             usage_error(f"--model {cfg.model}: the tiny world is drawn in {', '.join(tiny.STYLES)}")
-        return lambda prompts, keys: ([tiny.reference(p, key, style) for p, key in zip(prompts, keys)],
-                                      [""] * len(prompts)), None
+        return lambda prompts, keys: (
+            [tiny.reference(p, key, style) for p, key in zip(prompts, keys)],
+            [""] * len(prompts),
+        ), None
     device, dtype = generate.pick_device(cfg.device, cfg.dtype)
     if is_pipeline(cfg.model):
         return pipeline_painter(cfg.model, device, dtype, cfg.cfg_weight), cfg.cfg_weight
     policy = generate.load_policy(cfg.model, "cpu", dtype)
-    policy.model.requires_grad_(False)  # nothing learns here, so all matrices may be rounded, before they move
+    policy.model.requires_grad_(
+        False
+    )  # nothing learns here, so all matrices may be rounded, before they move
     policy = scale.lighten(policy).to(device)
     policy.cuda_graph = cfg.cuda_graph
     weight = generate.default_cfg(policy) if cfg.cfg_weight is None else cfg.cfg_weight

@@ -23,9 +23,15 @@ from transformers import Dinov2Config, Dinov2Model
 
 from adversarial_reward import IMAGENET_MEAN, IMAGENET_STD
 
-
-CONFIG = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, image_size=32, patch_size=4,
-              layerscale_value=1.0, use_mask_token=True)
+CONFIG = dict(
+    hidden_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=3,
+    image_size=32,
+    patch_size=4,
+    layerscale_value=1.0,
+    use_mask_token=True,
+)
 CATEGORIES = 256  # K
 
 
@@ -35,7 +41,9 @@ class Answers(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.body, width = Dinov2Model(Dinov2Config(**CONFIG)), CONFIG["hidden_size"]
-        self.head = torch.nn.Sequential(torch.nn.Linear(width, 192), torch.nn.GELU(), torch.nn.Linear(192, 64))
+        self.head = torch.nn.Sequential(
+            torch.nn.Linear(width, 192), torch.nn.GELU(), torch.nn.Linear(192, 64)
+        )
         self.prototypes = torch.nn.Parameter(torch.randn(CATEGORIES, 64))
 
     def forward(self, pixels, hidden=None):
@@ -61,8 +69,13 @@ def view(pixels, rng):
     B = len(pixels)
     scale, mirror = rng.uniform(0.7, 1, B), rng.choice([-1.0, 1.0], B)
     shift = rng.uniform(-1, 1, (B, 2)) * (1 - scale)[:, None]
-    theta = np.stack([np.stack([scale * mirror, 0 * scale, shift[:, 0]], 1),
-                      np.stack([0 * scale, scale, shift[:, 1]], 1)], 1)
+    theta = np.stack(
+        [
+            np.stack([scale * mirror, 0 * scale, shift[:, 0]], 1),
+            np.stack([0 * scale, scale, shift[:, 1]], 1),
+        ],
+        1,
+    )
     grid = F.affine_grid(torch.from_numpy(theta).float(), pixels.shape, align_corners=False)
     return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
@@ -84,8 +97,14 @@ def train_dino(folder, pixels, steps, seed, batch=48, lr=1e-3):
     teacher = copy.deepcopy(student).requires_grad_(False)
     opt = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.04)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)  # with which every DINOv2 was trained
-    data, bar = ((torch.from_numpy(pixels) / 255 - mean) / std).permute(0, 3, 1, 2), trange(steps, desc="dino")
+    mean, std = (
+        torch.tensor(IMAGENET_MEAN),
+        torch.tensor(IMAGENET_STD),
+    )  # with which every DINOv2 was trained
+    data, bar = (
+        ((torch.from_numpy(pixels) / 255 - mean) / std).permute(0, 3, 1, 2),
+        trange(steps, desc="dino"),
+    )
     for step in bar:
         pictures = data[torch.from_numpy(rng.integers(len(data), size=batch))]
         views = torch.cat([view(pictures, rng), view(pictures, rng)])
@@ -93,8 +112,13 @@ def train_dino(folder, pixels, steps, seed, batch=48, lr=1e-3):
         said = student(views, hidden) / 0.1
         with torch.no_grad():
             told = teacher(views)
-            sharp_class, sharp_patch = balance(told[:, 0]), balance(told[:, 1:].flatten(0, 1)).view(told[:, 1:].shape)
-        other = sharp_class.roll(batch, 0)  # what the teacher says about the *other* view of the same picture
+            sharp_class, sharp_patch = (
+                balance(told[:, 0]),
+                balance(told[:, 1:].flatten(0, 1)).view(told[:, 1:].shape),
+            )
+        other = sharp_class.roll(
+            batch, 0
+        )  # what the teacher says about the *other* view of the same picture
         class_loss = -(other * said[:, 0].log_softmax(-1)).sum(-1).mean()
         patch_loss = -(sharp_patch * said[:, 1:].log_softmax(-1)).sum(-1)[hidden].mean()
         opt.zero_grad(), (class_loss + patch_loss).backward()
@@ -106,6 +130,9 @@ def train_dino(folder, pixels, steps, seed, batch=48, lr=1e-3):
                 slow.lerp_(fast, rate)
         if step % 10 == 0:
             used = sharp_class.mean(0)  # e^entropy of the average answer: 1 would be collapse
-            bar.set_postfix(cls=f"{class_loss.item():.2f}", patch=f"{patch_loss.item():.2f}",
-                            used=f"{(-(used * used.clamp(min=1e-9).log()).sum()).exp().item():.0f}")
+            bar.set_postfix(
+                cls=f"{class_loss.item():.2f}",
+                patch=f"{patch_loss.item():.2f}",
+                used=f"{(-(used * used.clamp(min=1e-9).log()).sum()).exp().item():.0f}",
+            )
     teacher.body.eval().save_pretrained(folder)

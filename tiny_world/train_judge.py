@@ -79,7 +79,12 @@ def perturb(things, relation, rng):
     elif way == "more":
         things.append((rng.choice(tiny.SHAPES), None))
     else:
-        relation = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation]
+        relation = {
+            "left of": "right of",
+            "right of": "left of",
+            "above": "below",
+            "below": "above",
+        }[relation]
     return things[:4], relation
 
 
@@ -106,7 +111,9 @@ def make_preferences(n, seed, flawed=0.4):
             wish = tiny.wanted(prompt)
             scene = tiny.sample_scene(*(perturb(*wish, rng) if rng.random() < 0.4 else wish), rng)
             kind = rng.choice(tiny.CORRUPTIONS) if rng.random() < flawed else None
-            picture = tiny.corrupt(scene, kind, rng.uniform(0.4, 1), rng) if kind else tiny.draw(scene)
+            picture = (
+                tiny.corrupt(scene, kind, rng.uniform(0.4, 1), rng) if kind else tiny.draw(scene)
+            )
             pixels[i, side] = np.rint(np.clip(picture, 0, 255))
             utility.append(liking(prompt, scene))
         prompts.append(prompt)
@@ -129,7 +136,10 @@ def clip_tokenizer(texts, folder):
     )
     learned = json.loads(core.to_str())["model"]
     vocabulary = {**learned["vocab"]}
-    for special in ("<|startoftext|>", "<|endoftext|>"):  # the two last ids, as in CLIP: its text feature is
+    for special in (
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ):  # the two last ids, as in CLIP: its text feature is
         vocabulary[special] = len(vocabulary)  # read at the largest id
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[tuple(m) for m in learned["merges"]])
     tokenizer.save_pretrained(folder)
@@ -143,12 +153,31 @@ def build_clip(kind, folder, texts):
     tokenizer = clip_tokenizer(texts, folder)
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     config = CLIPConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-                         num_attention_heads=2, max_position_embeddings=24, hidden_act="gelu", projection_dim=64,
-                         bos_token_id=start, eos_token_id=end, pad_token_id=end),
-        vision_config=dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
-                           image_size=32, patch_size=4, hidden_act="gelu", projection_dim=64),
-        projection_dim=64)
+        text_config=dict(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=24,
+            hidden_act="gelu",
+            projection_dim=64,
+            bos_token_id=start,
+            eos_token_id=end,
+            pad_token_id=end,
+        ),
+        vision_config=dict(
+            hidden_size=96,
+            intermediate_size=384,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=4,
+            hidden_act="gelu",
+            projection_dim=64,
+        ),
+        projection_dim=64,
+    )
     config.save_pretrained(folder)
     save_clip(kind, CLIPModel(config), folder)
     scorer = kind(checkpoint=folder)
@@ -162,13 +191,19 @@ def train_preference(kind, folder, steps, seed, pairs=12000, batch=96, lr=1e-3):
     opinion on other pairs, from other initial weights. Returns its accuracy on unseen pairs."""
     torch.manual_seed(seed)
     prompts, pixels, gap = make_preferences(pairs, seed)
-    rng, scorer, unseen = np.random.default_rng(seed), build_clip(kind, folder, prompts), pairs // 10
+    rng, scorer, unseen = (
+        np.random.default_rng(seed),
+        build_clip(kind, folder, prompts),
+        pairs // 10,
+    )
     rows, _, captioned, _, _ = tiny.make_pictures(pairs, 0.4, seed + 1)
 
     def match_captions():
         pick = rng.integers(pairs, size=batch)
         texts = scorer.embed_texts([rows[i]["prompt"] for i in pick])
-        similarity = scorer.model.logit_scale.exp() * embed_pixels(scorer, captioned[pick]) @ texts.T
+        similarity = (
+            scorer.model.logit_scale.exp() * embed_pixels(scorer, captioned[pick]) @ texts.T
+        )
         same = torch.arange(batch)
         return (F.cross_entropy(similarity, same) + F.cross_entropy(similarity.T, same)) / 2
 
@@ -177,7 +212,8 @@ def train_preference(kind, folder, steps, seed, pairs=12000, batch=96, lr=1e-3):
         # People are not of one mind: the label is a coin weighted by the difference in liking.
         liked = torch.from_numpy(rng.random(batch) < 1 / (1 + np.exp(-3 * gap[pick]))).float()
         return F.binary_cross_entropy_with_logits(
-            TEMPERATURE * preference(scorer, prompts, pixels, pick), liked)
+            TEMPERATURE * preference(scorer, prompts, pixels, pick), liked
+        )
 
     for loss_of, peak in ((match_captions, lr), (prefer, lr / 3)):
         opt = torch.optim.AdamW(scorer.model.parameters(), lr=peak, weight_decay=0.05)
@@ -193,8 +229,12 @@ def train_preference(kind, folder, steps, seed, pairs=12000, batch=96, lr=1e-3):
     scorer.model.eval()
     scorer.model.logit_scale.data.fill_(math.log(TEMPERATURE))
     with torch.no_grad():
-        guess = torch.cat([preference(scorer, prompts, pixels, part)
-                           for part in np.array_split(np.arange(pairs - unseen, pairs), 8)])
+        guess = torch.cat(
+            [
+                preference(scorer, prompts, pixels, part)
+                for part in np.array_split(np.arange(pairs - unseen, pairs), 8)
+            ]
+        )
     save_clip(kind, scorer.model, folder)
     return ((guess > 0).numpy() == (gap[-unseen:] > 0)).mean()
 
@@ -225,8 +265,16 @@ def save_clip(kind, model, folder):
                 name = re.sub(r"\.layer_norm([12])\.", r".ln_\1.", name)
             else:
                 name = name.replace(ours, back)
-        if name in ("visual.proj", "text_projection", "visual_projection.weight", "text_projection.weight"):
-            name, value = (name.removesuffix(".weight").replace("visual_projection", "visual.proj"), value.T)
+        if name in (
+            "visual.proj",
+            "text_projection",
+            "visual_projection.weight",
+            "text_projection.weight",
+        ):
+            name, value = (
+                name.removesuffix(".weight").replace("visual_projection", "visual.proj"),
+                value.T,
+            )
         state[name] = value.clone()
     for name in [n for n in state if ".self_attn.q_proj." in n]:
         parts = [state.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
@@ -273,7 +321,14 @@ def judge_tokenizer():
         "<|video_pad|>",
     ]
     rng = random.Random(0)
-    corpus = [ask(rng)[0] for _ in range(500)] + ["yes", "no", "Yes", "No", "user", "assistant"] * 50
+    corpus = [ask(rng)[0] for _ in range(500)] + [
+        "yes",
+        "no",
+        "Yes",
+        "No",
+        "user",
+        "assistant",
+    ] * 50
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe_tokenizer(corpus, words),
         pad_token=words[0],
@@ -306,7 +361,11 @@ def build_judge(folder):
             eos_token_id=2,
             pad_token_id=0,
             tie_word_embeddings=False,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [4, 6, 6],
+            },
         ),
         vision_config=dict(
             depth=3,
@@ -367,7 +426,9 @@ def train_judge(folder, drawn, painted, steps, seed, batch=64, lr=1e-3):
     judge.model.train().requires_grad_(True)
     yes, no = judge.tokenizer.convert_tokens_to_ids(["yes", "no"])
     helper, seen = torch.nn.Linear(96, len(FAULTS)), []
-    judge.model.model.visual.register_forward_hook(lambda module, inputs, output: seen.append(output.pooler_output))
+    judge.model.model.visual.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.pooler_output)
+    )
     parameters = [*judge.model.parameters(), *helper.parameters()]
     opt = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)
@@ -379,11 +440,17 @@ def train_judge(folder, drawn, painted, steps, seed, batch=64, lr=1e-3):
         logits = judge.logits(questions, pictures)
         answer_loss = F.cross_entropy(logits, answers)
         named = helper(seen[0].view(batch, 16, 96))[batch // 4 :]
-        helper_loss = F.binary_cross_entropy_with_logits(named, faults[batch // 4 :], pos_weight=torch.tensor(4.0))
+        helper_loss = F.binary_cross_entropy_with_logits(
+            named, faults[batch // 4 :], pos_weight=torch.tensor(4.0)
+        )
         opt.zero_grad(), (answer_loss + 5 * helper_loss).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         opt.step(), schedule.step()
         if step % 10 == 0:
             right = (logits.argmax(1) == answers).float().mean().item()
-            bar.set_postfix(answer=f"{answer_loss.item():.3f}", helper=f"{helper_loss.item():.3f}", right=f"{right:.2f}")
+            bar.set_postfix(
+                answer=f"{answer_loss.item():.3f}",
+                helper=f"{helper_loss.item():.3f}",
+                right=f"{right:.2f}",
+            )
     judge.model.eval().save_pretrained(folder)

@@ -35,15 +35,22 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 import apo
 import evaluate
 import generate
-from evaluation import pages as report
 import rewards
+from evaluation import pages as report
 from tiny_world import world as tiny
-from training.files import atomic
 from tiny_world.train_dino import train_dino
 from tiny_world.train_judge import bpe_tokenizer, train_judge, train_preference
+from training.files import atomic
 
-VQ_CONFIG = dict(embed_dim=8, num_embeddings=256, latent_channels=64, base_channels=32, channel_multiplier=[1, 1, 2],
-                 num_res_blocks=1, num_patches=8)
+VQ_CONFIG = dict(
+    embed_dim=8,
+    num_embeddings=256,
+    latent_channels=64,
+    base_channels=32,
+    channel_multiplier=[1, 1, 2],
+    num_res_blocks=1,
+    num_patches=8,
+)
 
 
 def to_model(pixels):
@@ -63,11 +70,15 @@ def train_vq(pixels, steps, seed, batch=64, lr=2e-3):
     codes = vq.quantize.embedding.weight
     codes.requires_grad_(False).copy_(F.normalize(torch.randn_like(codes), dim=1))
     usage, sums = torch.ones(len(codes)), codes.clone()
-    opt = torch.optim.AdamW([p for p in vq.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.95))
+    opt = torch.optim.AdamW(
+        [p for p in vq.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.95)
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.05)
     bar = trange(steps, desc="vq")
     for step in bar:
-        x = to_model(pixels[rng.integers(len(pixels), size=batch)]).to(memory_format=torch.channels_last)
+        x = to_model(pixels[rng.integers(len(pixels), size=batch)]).to(
+            memory_format=torch.channels_last
+        )
         z = F.normalize(vq.quant_conv(vq.encoder(x)), dim=1)
         flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
         index = (flat.detach() @ codes.T).argmax(1)
@@ -96,41 +107,84 @@ def train_vq(pixels, steps, seed, batch=64, lr=2e-3):
 
 def policy_tokenizer(texts):
     """Janus' special tokens, with the words of this world's prompts and thoughts."""
-    specials = ["<pad>", "<bos>", "<eos>", "<image>", "<begin_of_image>", "<end_of_image>", "<|User|>", "<|Assistant|>"]
+    specials = [
+        "<pad>",
+        "<bos>",
+        "<eos>",
+        "<image>",
+        "<begin_of_image>",
+        "<end_of_image>",
+        "<|User|>",
+        "<|Assistant|>",
+    ]
     core = bpe_tokenizer(texts, specials)
-    core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    core.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 1)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",
         bos_token="<bos>",
         eos_token="<eos>",
         padding_side="left",
-        extra_special_tokens={"image_token": "<image>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"},
+        extra_special_tokens={
+            "image_token": "<image>",
+            "boi_token": "<begin_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
     )
 
 
-CHAT = ("{% for message in messages %}{% for part in message['content'] %}<|User|>:{{ ' ' + part['text'] }}"
-        "{% endfor %}{% endfor %}\n\n<|Assistant|>:")
+CHAT = (
+    "{% for message in messages %}{% for part in message['content'] %}<|User|>:{{ ' ' + part['text'] }}"
+    "{% endfor %}{% endfor %}\n\n<|Assistant|>:"
+)
 
 
 def build_policy(vq, texts):
     """An untrained Janus of 1 M parameters around a trained VQ model."""
     tokenizer, width = policy_tokenizer(texts), 128
     config = JanusConfig(
-        text_config=LlamaConfig(hidden_size=width, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                                vocab_size=len(tokenizer), max_position_embeddings=512, pad_token_id=0, bos_token_id=1,
-                                eos_token_id=2, tie_word_embeddings=False).to_dict(),
-        vision_config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=4,
-                           projection_dim=width, num_image_tokens=64),
+        text_config=LlamaConfig(
+            hidden_size=width,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=512,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            tie_word_embeddings=False,
+        ).to_dict(),
+        vision_config=dict(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=4,
+            projection_dim=width,
+            num_image_tokens=64,
+        ),
         vq_config=dict(VQ_CONFIG, projection_dim=width, image_token_embed_dim=width),
-        image_token_id=3, tie_word_embeddings=False)
+        image_token_id=3,
+        tie_word_embeddings=False,
+    )
     model = JanusForConditionalGeneration(config)
     model.model.vqmodel.load_state_dict(vq.state_dict())
     # The embedding that the language model reads is 8 numbers a code: the codebook's own, to begin with.
     model.model.generation_embeddings.weight.data.copy_(vq.quantize.embedding.weight)
-    model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2, guidance_scale=1.0,
-                                               do_sample=True, generation_kwargs={"boi_token_id": 4})
-    eyes = JanusImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    model.generation_config = GenerationConfig(
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        guidance_scale=1.0,
+        do_sample=True,
+        generation_kwargs={"boi_token_id": 4},
+    )
+    eyes = JanusImageProcessorPil(
+        size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
     processor = JanusProcessor(eyes, tokenizer, chat_template=CHAT, num_image_tokens=64)
     return generate.Policy(model, processor, "plan {}", torch.float32)
 
@@ -145,7 +199,10 @@ def train_policy(vq, rows, scenes, pixels, steps, seed, batch=64, lr=1.5e-3):
     policy = build_policy(vq, prompts + thoughts + ["plan a red circle."])
     with torch.no_grad():
         ids = torch.cat(
-            [vq.encode(to_model(chunk)).image_tokens for chunk in np.array_split(pixels, len(pixels) // 256 + 1)]
+            [
+                vq.encode(to_model(chunk)).image_tokens
+                for chunk in np.array_split(pixels, len(pixels) // 256 + 1)
+            ]
         )
     ids = ids.view(len(pixels), -1)
     eos, pad = policy.tokenizer.eos_token, policy.tokenizer.pad_token_id
@@ -218,7 +275,11 @@ def save_pairs(folder, split, painted, n, seed):
         scene = tiny.sample_scene(*tiny.wanted(prompt), rng)
         broken = tiny.corrupt(scene, kind, rng.uniform(0.4, 1), rng)
         lines.append(
-            ({"prompt": prompt, "source": f"drawn, {kind}"}, tiny.to_image(tiny.draw(scene)), tiny.to_image(broken))
+            (
+                {"prompt": prompt, "source": f"drawn, {kind}"},
+                tiny.to_image(tiny.draw(scene)),
+                tiny.to_image(broken),
+            )
         )
     (folder / split).mkdir(parents=True, exist_ok=True)
     with atomic(folder / f"{split}.jsonl") as file:
@@ -259,10 +320,15 @@ def main(cfg):
             accuracy = train_preference(rewards.REWARDS[name], out / name, cfg.hps_steps, seed)
             print(f"{name}: {accuracy:.3f} of unseen preferences predicted")
     if "dino" in stages:
-        train_dino(out / "dino", tiny.make_pictures(6000, 0.3, cfg.seed + 77)[2], cfg.dino_steps, cfg.seed)
+        train_dino(
+            out / "dino", tiny.make_pictures(6000, 0.3, cfg.seed + 77)[2], cfg.dino_steps, cfg.seed
+        )
     if "artifact" in stages or "pairs" in stages:
         policy = generate.load_policy(str(out / "policy"))
-        painted = {"train": paint(policy, rows["train"], 12, 1), "test": paint(policy, rows["test"], 8, 2)}
+        painted = {
+            "train": paint(policy, rows["train"], 12, 1),
+            "test": paint(policy, rows["test"], 8, 2),
+        }
         aligned, clean = map(np.array, painted["test"][2:])
         print(
             f"policy: {(clean >= tiny.CLEAN_ENOUGH).mean():.3f} of its test pictures are artifact-free, "
@@ -271,19 +337,38 @@ def main(cfg):
     if "artifact" in stages:
         drawn = tiny.make_pictures(16000, 0.5, cfg.seed + 2)[2:]
         _, images, _, clean = painted["train"]
-        train_judge(out / "artifact", drawn, (images, np.array(clean) >= tiny.CLEAN_ENOUGH), cfg.judge_steps, cfg.seed)
+        train_judge(
+            out / "artifact",
+            drawn,
+            (images, np.array(clean) >= tiny.CLEAN_ENOUGH),
+            cfg.judge_steps,
+            cfg.seed,
+        )
     if "pairs" in stages:
-        held = {row["prompt"] for row in rows["train"] if zlib.crc32(row["prompt"].encode()) % 3 == 0}
-        for split, keep in (("train", lambda p: p not in held), ("validation", lambda p: p in held)):
+        held = {
+            row["prompt"] for row in rows["train"] if zlib.crc32(row["prompt"].encode()) % 3 == 0
+        }
+        for split, keep in (
+            ("train", lambda p: p not in held),
+            ("validation", lambda p: p in held),
+        ):
             chosen = [entry for entry in zip(*painted["train"]) if keep(entry[0]["prompt"])]
-            save_pairs(out / "pairs", split, list(zip(*chosen)), 200 if split == "train" else 100, cfg.seed)
+            save_pairs(
+                out / "pairs", split, list(zip(*chosen)), 200 if split == "train" else 100, cfg.seed
+            )
         save_pairs(out / "pairs", "test", painted["test"], 200, cfg.seed)
     if "question" in stages:  # the judge's own question, from its mistakes, as in the paper
         judge, name = apo.load_judge(apo.Config(checkpoint=str(out / "artifact")))
         answers, data = apo.Answers(Path(":memory:"), judge, name), apo.load_examples(out / "pairs")
         settings = apo.Config()
         found, *_ = apo.optimize(
-            settings.question, data, answers, apo.ScriptedEditor(), "successive-rejects", cfg.seed, settings
+            settings.question,
+            data,
+            answers,
+            apo.ScriptedEditor(),
+            "successive-rejects",
+            cfg.seed,
+            settings,
         )
         with atomic(out / "artifact" / "artifact.txt") as file:
             file.write(found + "\n")

@@ -90,7 +90,9 @@ def coverage(shape, x, y, r, size=SIZE, fine=8):
     canvas = Image.new("L", (size * fine, size * fine))
     pen = ImageDraw.Draw(canvas)
     if shape == "circle":
-        pen.ellipse([(x - r) * fine, (y - r) * fine, (x + r) * fine - 1, (y + r) * fine - 1], fill=255)
+        pen.ellipse(
+            [(x - r) * fine, (y - r) * fine, (x + r) * fine - 1, (y + r) * fine - 1], fill=255
+        )
     else:
         pen.polygon([((x + u * r) * fine, (y + v * r) * fine) for u, v in outline[shape]], fill=255)
     fine_grid = np.asarray(canvas, np.float32).reshape(size, fine, size, fine)
@@ -163,7 +165,12 @@ def all_prompts():
     pairs = [(p, q) for p in colored for q in colored if p != q]
     return {
         "object": [prompt_row(f"a {p}", "object", [p]) for p in [*colored, *SHAPES]],
-        "two objects": [prompt_row(f"a {s} and a {t}", "object", [s, t]) for s in SHAPES for t in SHAPES if s != t],
+        "two objects": [
+            prompt_row(f"a {s} and a {t}", "object", [s, t])
+            for s in SHAPES
+            for t in SHAPES
+            if s != t
+        ],
         "counting": [
             prompt_row(f"{n} {p}{'es' if p.endswith('cross') else 's'}", "numeracy", [p])
             for n in ("two", "three", "four")
@@ -171,7 +178,9 @@ def all_prompts():
         ],
         "color": [prompt_row(f"a {p} and a {q}", "color", [p, q]) for p, q in pairs],
         "spatial": [
-            prompt_row(f"a {p} {relation} a {q}", "spatial", [p, q]) for p, q in pairs for relation in RELATIONS
+            prompt_row(f"a {p} {relation} a {q}", "spatial", [p, q])
+            for p, q in pairs
+            for relation in RELATIONS
         ],
     }
 
@@ -184,7 +193,10 @@ def is_test_prompt(prompt):
 
 def training_families():
     """The prompts that models may learn from, a list for each family."""
-    return [[row for row in members if not is_test_prompt(row["prompt"])] for members in all_prompts().values()]
+    return [
+        [row for row in members if not is_test_prompt(row["prompt"])]
+        for members in all_prompts().values()
+    ]
 
 
 def prompt_rows(split, per_family, seed=0):
@@ -210,9 +222,13 @@ def sample_scene(things, relation, rng):
             if 2 * edge >= SIZE:
                 break
             place = [rng.randrange(int(2 * edge) + 1, int(2 * (SIZE - edge))) / 2 for _ in "xy"]
-            scene.append(Thing(shape, color or rng.choice(list(COLORS)), *place, r, rng.uniform(0.6, 1)))
+            scene.append(
+                Thing(shape, color or rng.choice(list(COLORS)), *place, r, rng.uniform(0.6, 1))
+            )
         gaps = [
-            np.hypot(a.x - b.x, a.y - b.y) - 1.2 * (a.r + b.r) - 1.5 for i, a in enumerate(scene) for b in scene[:i]
+            np.hypot(a.x - b.x, a.y - b.y) - 1.2 * (a.r + b.r) - 1.5
+            for i, a in enumerate(scene)
+            for b in scene[:i]
         ]
         if len(scene) == len(things) and all(gap > 0 for gap in gaps):
             if relation is None or holds(relation, scene[0], scene[1]):
@@ -222,7 +238,10 @@ def sample_scene(things, relation, rng):
 def holds(relation, a, b):
     """Is a `relation` b? The way must be along the axis named: at least as far as across it."""
     dx, dy = RELATIONS[relation]
-    along, across = ((a.x - b.x) * dx + (a.y - b.y) * dy, abs((a.x - b.x) * dy) + abs((a.y - b.y) * dx))
+    along, across = (
+        (a.x - b.x) * dx + (a.y - b.y) * dy,
+        abs((a.x - b.x) * dy) + abs((a.y - b.y) * dx),
+    )
     return along > 2 and along >= across
 
 
@@ -260,7 +279,11 @@ def corrupt(scene, kind, strength, rng):
         shape = rng.choice(SHAPES)
         shift = victim.r * (0.5 + 0.7 * strength)
         twin = replace(
-            victim, shape=shape, x=victim.x + ux * shift, y=victim.y + uy * shift, r=victim.r * (0.4 + 0.6 * strength)
+            victim,
+            shape=shape,
+            x=victim.x + ux * shift,
+            y=victim.y + uy * shift,
+            r=victim.r * (0.4 + 0.6 * strength),
         )
         return paint(pixels, twin)
     if kind == "bleeding":
@@ -276,7 +299,9 @@ def corrupt(scene, kind, strength, rng):
     # blocks: the part of the block grid nearest the victim slips, each block by its own way
     out, moved = pixels.copy(), max(0, round(10 * strength))
     corners = [(y, x) for y in range(0, SIZE, 4) for x in range(0, SIZE, 4)]
-    corners.sort(key=lambda c: np.hypot(c[1] + 2 - victim.x, c[0] + 2 - victim.y) + rng.uniform(0, 3))
+    corners.sort(
+        key=lambda c: np.hypot(c[1] + 2 - victim.x, c[0] + 2 - victim.y) + rng.uniform(0, 3)
+    )
     for y, x in corners[:moved]:
         sy, sx = (min(SIZE - 4, max(0, v + int(noise.choice([-3, -2, 2, 3])))) for v in (y, x))
         out[y : y + 4, x : x + 4] = pixels[sy : sy + 4, sx : sx + 4]
@@ -361,10 +386,14 @@ def explain(images):
     direction C and coverage T, the best vividness is v = <D, T*C> / |T*C|^2, and the error left is
     |D|^2 - 2 v <D, T*C> + v^2 |T*C|^2. Returns (found, clean): found[i] is a list of Things, clean
     is (N,) in [0, 1]."""
-    return explain_bytes(b"".join(im.convert("RGB").resize((SIZE, SIZE)).tobytes() for im in images))
+    return explain_bytes(
+        b"".join(im.convert("RGB").resize((SIZE, SIZE)).tobytes() for im in images)
+    )
 
 
-@functools.lru_cache(maxsize=4)  # gold and its two factors ask about the same pictures, one after the other
+@functools.lru_cache(
+    maxsize=4
+)  # gold and its two factors ask about the same pictures, one after the other
 @torch.no_grad()
 def explain_bytes(data):
     pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, SIZE, SIZE, 3).float()
@@ -382,11 +411,15 @@ def explain_bytes(data):
             # A soft edge pixel below the threshold belongs to the blob it touches.
             near = F.max_pool2d(blob.float()[None, None], 3, 1, 1)[0, 0] > 0
             weight = strength[i] * (near & ((labels[i] == 0) | blob))
-            ys, xs = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
+            ys, xs = torch.meshgrid(
+                torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij"
+            )
             cx, cy = (float((g * weight).sum() / weight.sum()) for g in (xs, ys))
             sx, sy = round(cx - SIZE / 2), round(cy - SIZE / 2)  # whole-pixel shift to the middle
             padded = F.pad(delta[i] * (weight > 0)[..., None], (0, 0, SIZE, SIZE, SIZE, SIZE))
-            crops.append(padded[SIZE + sy : 2 * SIZE + sy, SIZE + sx : 2 * SIZE + sx].reshape(-1, 3))
+            crops.append(
+                padded[SIZE + sy : 2 * SIZE + sy, SIZE + sx : 2 * SIZE + sx].reshape(-1, 3)
+            )
             owners.append((i, sx, sy))
     found = [[] for _ in pixels]
     redrawn = torch.zeros_like(delta)
@@ -401,7 +434,9 @@ def explain_bytes(data):
         for m, (i, sx, sy) in enumerate(owners):
             c, k = divmod(int(best[m]), len(bank))
             shape, r, dx, dy = bank[k]
-            thing = Thing(shape, list(COLORS)[c], SIZE / 2 + dx + sx, SIZE / 2 + dy + sy, r, float(v[m, c, k]))
+            thing = Thing(
+                shape, list(COLORS)[c], SIZE / 2 + dx + sx, SIZE / 2 + dy + sy, r, float(v[m, c, k])
+            )
             found[i].append(thing)
             cover = torch.from_numpy(coverage(shape, thing.x, thing.y, r))[..., None]
             redrawn[i] = redrawn[i] * (1 - cover) + cover * thing.vivid * directions[c]
@@ -444,6 +479,8 @@ def gold(prompts, images):
 if __name__ == "__main__":
     import tyro
 
-    from tiny_world import train_policy as tiny_train  # here and not above: whoever only measures needs no training code
+    from tiny_world import (
+        train_policy as tiny_train,
+    )  # here and not above: whoever only measures needs no training code
 
     tiny_train.main(tyro.cli(tiny_train.Config, description=__doc__))

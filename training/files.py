@@ -55,12 +55,18 @@ def atomic(path, mode="w"):
 def read_jsonl(path):
     """Lines of JSON objects; null is a number that could not be had: NaN."""
     rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+    return [
+        {name: math.nan if value is None else value for name, value in row.items()} for row in rows
+    ]
 
 
 def json_line(record):
     """A record as a line of JSON, with null for NaN, which JSON has no word for."""
-    failed = {name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
+    failed = {
+        name
+        for name, value in record.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    }
     return json.dumps(record | dict.fromkeys(failed)) + "\n"
 
 
@@ -80,7 +86,10 @@ def load_prompts(path):
     prompt column), plain lines, or a folder of .txt files (DPG-Bench). Wrong input: exit code 2."""
     path = Path(path)
     if path.is_dir():
-        rows = [{"id": f.stem, "prompt": f.read_text(encoding="utf-8")} for f in sorted(path.glob("*.txt"))]
+        rows = [
+            {"id": f.stem, "prompt": f.read_text(encoding="utf-8")}
+            for f in sorted(path.glob("*.txt"))
+        ]
     elif path.is_file():
         rows = parse_prompts(path.read_text(encoding="utf-8-sig"), path)
     else:
@@ -89,7 +98,9 @@ def load_prompts(path):
     for number, row in enumerate(rows):
         row = {"prompt": row} if isinstance(row, str) else row
         if not isinstance(row, dict):
-            usage_error(f"{path}, entry {number + 1}: a prompt is a text or an object, not {str(row)[:60]!r}")
+            usage_error(
+                f"{path}, entry {number + 1}: a prompt is a text or an object, not {str(row)[:60]!r}"
+            )
         known = {
             ours: next((row[name] for name in names if row.get(name) not in (None, "")), None)
             for ours, names in ALIASES.items()
@@ -101,9 +112,13 @@ def load_prompts(path):
             )
         known["id"] = str(known["id"] if known["id"] is not None else number)
         if known["id"] in seen:
-            usage_error(f"{path}, entry {number + 1}: id {known['id']!r} occurs twice; ids name files")
+            usage_error(
+                f"{path}, entry {number + 1}: id {known['id']!r} occurs twice; ids name files"
+            )
         seen.add(known["id"])
-        prompts.append({**row, **known, "prompt": known["prompt"].strip(), "tag": known["tag"] or ""})
+        prompts.append(
+            {**row, **known, "prompt": known["prompt"].strip(), "tag": known["tag"] or ""}
+        )
     if not prompts:
         usage_error(f"{path}: no prompts in it; one per line is enough")
     return prompts
@@ -123,7 +138,9 @@ def parse_prompts(text, path):
                     try:
                         rows.append(json.loads(line))
                     except json.JSONDecodeError as problem:
-                        usage_error(f"{path}, line {number}: not JSON ({problem.msg}): {line[:80]!r}")
+                        usage_error(
+                            f"{path}, line {number}: not JSON ({problem.msg}): {line[:80]!r}"
+                        )
             return rows
     delimiter = "\t" if lines and "\t" in lines[0] else ","
     header = next(csv.reader(lines[:1], delimiter=delimiter), [])
@@ -158,10 +175,15 @@ def save_checkpoint(run, state, policy, weights, extra, keep):
 def model_card(run, step):
     """What this checkpoint is: the command that made it, and its last test; what trained it is named as such."""
     config, tests = json.loads((run / "config.json").read_text()), read_jsonl(run / "test.jsonl")
-    flags, rows = config["flags"], "\n".join(f"| {k} | {v:.4f} |" for k, v in tests[-1].items() if "/" not in k)
-    return (f"# {run.name}, step {step}\n\nMade from `{flags['model']}` by\n\n    {config['command']}\n\n"
-            f"Trained on `{flags['rewards']}`; only watched: `{flags['eval_rewards'] or 'nothing'}`. Last test:\n\n"
-            f"| measured | mean |\n|---|---|\n{rows}\n")
+    flags, rows = (
+        config["flags"],
+        "\n".join(f"| {k} | {v:.4f} |" for k, v in tests[-1].items() if "/" not in k),
+    )
+    return (
+        f"# {run.name}, step {step}\n\nMade from `{flags['model']}` by\n\n    {config['command']}\n\n"
+        f"Trained on `{flags['rewards']}`; only watched: `{flags['eval_rewards'] or 'nothing'}`. Last test:\n\n"
+        f"| measured | mean |\n|---|---|\n{rows}\n"
+    )
 
 
 def checkpoints(run):
@@ -174,7 +196,9 @@ def run_folder(cfg):
     trained = re.sub("@https?://[^,:]+:[0-9]+", "", cfg.rewards).replace(",", "+").replace(":", "=")
     name = cfg.run_name or f"{Path(cfg.model).name}_{trained}_seed{cfg.seed}"
     if Path(name).name != name:
-        usage_error(f"--run-name {name}: a name, not a path; the folder is made in --output-dir {root}")
+        usage_error(
+            f"--run-name {name}: a name, not a path; the folder is made in --output-dir {root}"
+        )
     if cfg.resume not in ("never", "latest"):
         run = Path(cfg.resume)
         if not checkpoints(run):
@@ -201,26 +225,35 @@ def lock(run):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        usage_error(f"{run}: another run is writing there; wait for it, or choose another --run-name")
+        usage_error(
+            f"{run}: another run is writing there; wait for it, or choose another --run-name"
+        )
     return file
 
 
 # What may differ when a run goes on: where it runs and what it writes, not what it computes. (With other
 # --max-steps the learning rate falls along another line from here on: that is what extending a run means.)
-FREE = set("resume output_dir run_name max_steps save_steps save_total_limit eval_steps best_of judge_url device "
-           "max_failures micro_batch rollout_batch cuda_graph shard gradient_checkpointing report_to "
-           "world_size gpu_memory".split())
+FREE = set(
+    "resume output_dir run_name max_steps save_steps save_total_limit eval_steps best_of judge_url device "
+    "max_failures micro_batch rollout_batch cuda_graph shard gradient_checkpointing report_to "
+    "world_size gpu_memory".split()
+)
 
 
 def check_same_run(run, cfg):
     """A run that goes on keeps its flags; otherwise its log would tell two stories as one."""
     if not (run / "config.json").is_file():
         return
-    then, now = json.loads((run / "config.json").read_text())["flags"], json.loads(json.dumps(asdict(cfg)))
+    then, now = (
+        json.loads((run / "config.json").read_text())["flags"],
+        json.loads(json.dumps(asdict(cfg))),
+    )
     for name in sorted(then.keys() - FREE):
         if then[name] != now.get(name):
-            usage_error(f"--resume: {run} was started with --{name.replace('_', '-')} {then[name]}, this is "
-                        f"{now.get(name)}; start anew under another --run-name, or use the flags it had")
+            usage_error(
+                f"--resume: {run} was started with --{name.replace('_', '-')} {then[name]}, this is "
+                f"{now.get(name)}; start anew under another --run-name, or use the flags it had"
+            )
 
 
 def begin_log(run, start, cfg, world):
@@ -229,12 +262,20 @@ def begin_log(run, start, cfg, world):
     run.mkdir(parents=True, exist_ok=True)
     for name, first in (("metrics.jsonl", start), ("test.jsonl", start + 1 if start else 0)):
         if (run / name).exists():
-            lines = [line for line in (run / name).read_text().splitlines(True) if line.endswith("\n")]
+            lines = [
+                line for line in (run / name).read_text().splitlines(True) if line.endswith("\n")
+            ]
             with atomic(run / name) as file:
                 file.writelines(line for line in lines if json.loads(line)["step"] < first)
-    config = {"flags": asdict(cfg), "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-              "processes": world, "threads": torch.get_num_threads(), "python": platform.python_version(),
-              "torch": torch.__version__, "transformers": transformers.__version__}
+    config = {
+        "flags": asdict(cfg),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "processes": world,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     with atomic(run / "config.json") as file:
         json.dump(config, file, indent=2)
 

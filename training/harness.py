@@ -19,21 +19,33 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from training import files
 import generate
-from evaluation import hacking
 import rewards as reward_models
-from training import sharding as scale
 from artifact_reward import read_question
-from training.files import HERE, usage_error
+from evaluation import hacking
 from evaluation.pages import mean
+from training import files
+from training import sharding as scale
+from training.files import HERE, usage_error
 
 # What "[tiny: ...; else ...]" in grpo.py's flags stands for.
 PRESETS = {
-    "tiny": dict(eval_rewards="gold,gold-clean,gold-aligned", prompts=str(HERE / "tiny_world/prompts/train.jsonl"),
-                 test_prompts=str(HERE / "tiny_world/prompts/test.jsonl"), max_steps=100, learning_rate=1e-4, beta=0.02),
-    "real": dict(eval_rewards="", prompts=str(HERE / "prompts/train.jsonl"),
-                 test_prompts=str(HERE / "prompts/test.jsonl"), max_steps=1600, learning_rate=1e-6, beta=0.01),
+    "tiny": dict(
+        eval_rewards="gold,gold-clean,gold-aligned",
+        prompts=str(HERE / "tiny_world/prompts/train.jsonl"),
+        test_prompts=str(HERE / "tiny_world/prompts/test.jsonl"),
+        max_steps=100,
+        learning_rate=1e-4,
+        beta=0.02,
+    ),
+    "real": dict(
+        eval_rewards="",
+        prompts=str(HERE / "prompts/train.jsonl"),
+        test_prompts=str(HERE / "prompts/test.jsonl"),
+        max_steps=1600,
+        learning_rate=1e-6,
+        beta=0.01,
+    ),
 }
 
 
@@ -49,7 +61,9 @@ def check(cfg, world):
     for name, value in PRESETS["tiny" if cfg.model == "tiny" else "real"].items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
-    cfg.question = read_question(cfg.question)  # config.json keeps what was asked, not where it stood
+    cfg.question = read_question(
+        cfg.question
+    )  # config.json keeps what was asked, not where it stood
     weights, held_out = reward_models.parse(cfg.rewards), [*reward_models.parse(cfg.eval_rewards)]
     if not weights:
         usage_error("--rewards is empty; name at least one, such as hps,artifact")
@@ -58,19 +72,33 @@ def check(cfg, world):
             f"{', '.join(weights.keys() & set(held_out))} is in --rewards and in --eval-rewards: what is trained "
             "on cannot be believed; take it out of one"
         )
-    watched = [name for name in weights if getattr(reward_models.REWARDS[name], "only_watched", False)]
+    watched = [
+        name for name in weights if getattr(reward_models.REWARDS[name], "only_watched", False)
+    ]
     if watched:
-        usage_error(f"--rewards {', '.join(watched)}: a statistic, not an opinion; it can only be watched, --eval-rewards")
+        usage_error(
+            f"--rewards {', '.join(watched)}: a statistic, not an opinion; it can only be watched, --eval-rewards"
+        )
     learning = [name for name in held_out if hasattr(reward_models.REWARDS[name], "learn")]
     if learning:
-        usage_error(f"--eval-rewards {', '.join(learning)}: it knows nothing unless it learns beside the policy; "
-                    "name it in --rewards")
-    away = [name for name in reward_models.addresses(cfg.rewards) if hasattr(reward_models.REWARDS[name], "learn")]
+        usage_error(
+            f"--eval-rewards {', '.join(learning)}: it knows nothing unless it learns beside the policy; "
+            "name it in --rewards"
+        )
+    away = [
+        name
+        for name in reward_models.addresses(cfg.rewards)
+        if hasattr(reward_models.REWARDS[name], "learn")
+    ]
     if away:
-        usage_error(f"--rewards {', '.join(away)}@...: it learns from the policy's pictures, and can only do so here; leave "
-                    "the address out")
+        usage_error(
+            f"--rewards {', '.join(away)}@...: it learns from the policy's pictures, and can only do so here; leave "
+            "the address out"
+        )
     if cfg.num_generations < 2:
-        usage_error(f"--num-generations {cfg.num_generations}: a group of one has no baseline; use 4 or more")
+        usage_error(
+            f"--num-generations {cfg.num_generations}: a group of one has no baseline; use 4 or more"
+        )
     if cfg.prompts_per_step < 1 or cfg.prompts_per_step % world:
         usage_error(
             f"--prompts-per-step {cfg.prompts_per_step}: must be a multiple of the {world} processes; a group stays on one"
@@ -80,35 +108,49 @@ def check(cfg, world):
             "--combine constrained needs two rewards: the first is maximised, the others keep their --floor"
         )
     if cfg.shard and (cfg.lora_rank or world == 1 and not cfg.dry_run):
-        usage_error("--shard: spreads full training over several processes (torchrun --nproc-per-node 8); it does not go "
-                    "with --lora-rank, which has little to spread")
-    positive = "max_steps learning_rate updates_per_rollout micro_batch rollout_batch max_thought max_grad_norm save_steps " \
-               "save_total_limit eval_steps eval_images"
+        usage_error(
+            "--shard: spreads full training over several processes (torchrun --nproc-per-node 8); it does not go "
+            "with --lora-rank, which has little to spread"
+        )
+    positive = (
+        "max_steps learning_rate updates_per_rollout micro_batch rollout_batch max_thought max_grad_norm save_steps "
+        "save_total_limit eval_steps eval_images"
+    )
     for name in positive.split():
         if not getattr(cfg, name) > 0:
             usage_error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be greater than 0")
     rows = files.load_prompts(cfg.prompts)
     if len(rows) < cfg.prompts_per_step:
-        usage_error(f"--prompts {cfg.prompts}: {len(rows)} prompts for --prompts-per-step {cfg.prompts_per_step}; a step "
-                    "needs as many different ones, or two groups would be copies")
+        usage_error(
+            f"--prompts {cfg.prompts}: {len(rows)} prompts for --prompts-per-step {cfg.prompts_per_step}; a step "
+            "needs as many different ones, or two groups would be copies"
+        )
     return weights, held_out, rows, files.load_prompts(cfg.test_prompts)
 
 
 def load_policies(cfg, checkpoint, device, dtype):
     """(policy, reference): what is trained, and what it was. With LoRA the policy is its own reference: None."""
+
     def load(name, where=device):
         policy = generate.load_policy(str(name), where, dtype, cfg.train_image_head)
         policy.cuda_graph = cfg.cuda_graph
         return policy
 
     if cfg.lora_rank:
-        policy = scale.lighten(scale.add_lora(load(cfg.model, "cpu"), cfg.lora_rank, cfg.seed)).to(device)
+        policy = scale.lighten(scale.add_lora(load(cfg.model, "cpu"), cfg.lora_rank, cfg.seed)).to(
+            device
+        )
         if checkpoint:
-            policy.model.load_state_dict(torch.load(checkpoint / "lora.pt", weights_only=True, map_location="cpu"), strict=False)
+            policy.model.load_state_dict(
+                torch.load(checkpoint / "lora.pt", weights_only=True, map_location="cpu"),
+                strict=False,
+            )
         reference = None
     else:
         policy = load(checkpoint or cfg.model)
-        policy = scale.shard(policy) if cfg.shard else scale.lighten(policy)  # before the next: two whole ones need not fit
+        policy = (
+            scale.shard(policy) if cfg.shard else scale.lighten(policy)
+        )  # before the next: two whole ones need not fit
         reference = load(cfg.model)
         reference.model.requires_grad_(False)
         reference = scale.lighten(reference)
@@ -120,12 +162,24 @@ def load_policies(cfg, checkpoint, device, dtype):
 
 def load_rewards(names, cfg, device):
     checkpoint = "tiny" if cfg.model == "tiny" else None
-    adversary = dict(references=cfg.references, steps=cfg.adversary_steps, when=cfg.adversary_update, seed=cfg.seed)
-    options = {"artifact": dict(judge_urls=cfg.judge_url, judge_model=cfg.judge_model, question=cfg.question),
-               "adversarial": adversary, "adversarial-pickscore": adversary}
+    adversary = dict(
+        references=cfg.references,
+        steps=cfg.adversary_steps,
+        when=cfg.adversary_update,
+        seed=cfg.seed,
+    )
+    options = {
+        "artifact": dict(
+            judge_urls=cfg.judge_url, judge_model=cfg.judge_model, question=cfg.question
+        ),
+        "adversarial": adversary,
+        "adversarial-pickscore": adversary,
+    }
     where = reward_models.addresses(cfg.rewards) | reward_models.addresses(cfg.eval_rewards)
-    loaded = {name: reward_models.load(name, device, checkpoint, where.get(name), **options.get(name, {}))
-              for name in names}
+    loaded = {
+        name: reward_models.load(name, device, checkpoint, where.get(name), **options.get(name, {}))
+        for name in names
+    }
     if isinstance(loaded.get("artifact"), reward_models.ArtifactReward):
         loaded["artifact"].check()
     return loaded
@@ -135,9 +189,14 @@ def load_state(checkpoint, optimizer, weights, learners):
     """The counters of a run: the next step, the multipliers of combine=constrained, the steps skipped just now."""
     if not checkpoint:
         return {"step": 0, "multipliers": {name: 1.0 for name in list(weights)[1:]}, "skipped": 0}
-    scale.load_optimizer(optimizer, torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True))
+    scale.load_optimizer(
+        optimizer,
+        torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True),
+    )
     for name, reward in learners.items():
-        reward.load_state_dict(torch.load(checkpoint / f"{name}.pt", weights_only=True, map_location="cpu"))
+        reward.load_state_dict(
+            torch.load(checkpoint / f"{name}.pt", weights_only=True, map_location="cpu")
+        )
     return json.loads((checkpoint / "state.json").read_text())
 
 
@@ -175,13 +234,22 @@ class Experiment:
         return learners(self.train_on)
 
     def save(self):
-        weights = scale.model_state(self.policy, keep=self.rank == 0)  # all processes gather what they have shards of
+        weights = scale.model_state(
+            self.policy, keep=self.rank == 0
+        )  # all processes gather what they have shards of
         moments = scale.whole(self.optimizer.state_dict(), keep=self.rank == 0)
         if self.rank == 0:
-            extra = {"optimizer": moments, **{name: reward.state_dict() for name, reward in self.learners.items()}}
+            extra = {
+                "optimizer": moments,
+                **{name: reward.state_dict() for name, reward in self.learners.items()},
+            }
             extra |= {"lora": scale.lora_state(self.policy)} if self.cfg.lora_rank else {}
-            files.save_checkpoint(self.folder, self.state, self.policy, weights, extra, self.cfg.save_total_limit)
-        scale.gather([None])  # nobody goes on, or ends, before it is written: torchrun would take that for a death
+            files.save_checkpoint(
+                self.folder, self.state, self.policy, weights, extra, self.cfg.save_total_limit
+            )
+        scale.gather(
+            [None]
+        )  # nobody goes on, or ends, before it is written: torchrun would take that for a death
 
     def stop_if_asked(self):
         if any(scale.gather([bool(self.stop)])):
@@ -192,20 +260,31 @@ class Experiment:
         records = scale.gather(record(asked, jobs, rollouts, scores))
         more = summarize(records, list(self.weights), list(self.watch), self.cfg)
         more["processes_agree"] = int(len(set(scale.gather([fingerprint(self.policy)]))) == 1)
-        more["diversity"] = mean(scale.gather(hacking.diversity(rollouts.images, self.cfg.num_generations)))
+        more["diversity"] = mean(
+            scale.gather(hacking.diversity(rollouts.images, self.cfg.num_generations))
+        )
         self.log.step(step, metrics | more, records)
-        self.state = {"step": step + 1, "skipped": (self.state["skipped"] + 1) * metrics["skipped"],
-                      "multipliers": multipliers_after(records, self.state["multipliers"], self.cfg)}
+        self.state = {
+            "step": step + 1,
+            "skipped": (self.state["skipped"] + 1) * metrics["skipped"],
+            "multipliers": multipliers_after(records, self.state["multipliers"], self.cfg),
+        }
         if self.tests_now():
             self.log.group(step, scale.gather(rollouts.images))
         return more
 
     def tests_now(self):
-        return self.state["step"] % self.cfg.eval_steps == 0 or self.state["step"] == self.cfg.max_steps
+        return (
+            self.state["step"] % self.cfg.eval_steps == 0
+            or self.state["step"] == self.cfg.max_steps
+        )
 
     def save_or_end(self, metrics):
         """A checkpoint when it is time for one, or when this run must not go on; then it ends here."""
-        trouble, done = what_is_wrong(metrics, self.state, self.train_on, self.cfg), self.state["step"]
+        trouble, done = (
+            what_is_wrong(metrics, self.state, self.train_on, self.cfg),
+            self.state["step"],
+        )
         if trouble or done % self.cfg.save_steps == 0 or done == self.cfg.max_steps:
             self.save()
         if trouble:
@@ -214,7 +293,11 @@ class Experiment:
 
 def fingerprint(policy):
     """A number that two processes share if they have the same trained weights (shards are parts of one set: 0)."""
-    trained = [p.detach() for p in policy.model.parameters() if p.requires_grad and not isinstance(p, scale.DTensor)]
+    trained = [
+        p.detach()
+        for p in policy.model.parameters()
+        if p.requires_grad and not isinstance(p, scale.DTensor)
+    ]
     return sum(p.double().sum().item() for p in trained)
 
 
@@ -226,7 +309,9 @@ def learners(rewards):
 def prepare(cfg):
     """Check, load, and open the run folder; in this order, so that wrong usage costs nothing."""
     rank, world = scale.start_processes(cfg.device)
-    weights, held_out, rows, test_rows = check(cfg, cfg.world_size or world if cfg.dry_run else world)
+    weights, held_out, rows, test_rows = check(
+        cfg, cfg.world_size or world if cfg.dry_run else world
+    )
     if cfg.dry_run:
         scale.print_plan(cfg, cfg.world_size or world)
         raise SystemExit(0)
@@ -243,8 +328,24 @@ def prepare(cfg):
     state = load_state(checkpoint, optimizer, weights, learners(train_on))
     lock = files.lock(folder) if rank == 0 else None
     log = Log(cfg, folder, state["step"], weights, held_out, rank, world)
-    return Experiment(cfg, rank, world, folder, policy, reference, weights, train_on, watch, rows, test_rows, optimizer,
-                      state, log, listen_for_sigterm(), lock)
+    return Experiment(
+        cfg,
+        rank,
+        world,
+        folder,
+        policy,
+        reference,
+        weights,
+        train_on,
+        watch,
+        rows,
+        test_rows,
+        optimizer,
+        state,
+        log,
+        listen_for_sigterm(),
+        lock,
+    )
 
 
 # --- the end before the end -------------------------------------------------------------------------
@@ -281,7 +382,9 @@ def what_is_wrong(metrics, state, scorers, cfg):
 def give_up(why, code, rank):
     """The end before the end, after a checkpoint: 143 if asked to stop, 3 if it cannot go on."""
     if rank == 0:
-        print(f"{why}; stopped, with a checkpoint; --resume latest goes on from it", file=sys.stderr)
+        print(
+            f"{why}; stopped, with a checkpoint; --resume latest goes on from it", file=sys.stderr
+        )
     raise SystemExit(code)
 
 
@@ -290,28 +393,41 @@ def give_up(why, code, rank):
 
 def record(rows, jobs, rollouts, scores):
     """One dict a picture: what was asked, what was thought, what it scored."""
-    return [{"id": row["id"], "prompt": row["prompt"], "sample": k, "thought": rollouts.thoughts[n],
-             **{name: values[n].item() for name, values in scores.items()}}
-            for n, (row, (_, k)) in enumerate(zip(rows, jobs))]
+    return [
+        {
+            "id": row["id"],
+            "prompt": row["prompt"],
+            "sample": k,
+            "thought": rollouts.thoughts[n],
+            **{name: values[n].item() for name, values in scores.items()},
+        }
+        for n, (row, (_, k)) in enumerate(zip(rows, jobs))
+    ]
 
 
 def summarize(records, trained, held_out, cfg):
     """One step's records -> numbers to log. NaN scores count as failed and enter no mean."""
     failed = mean(any(math.isnan(r[name]) for name in trained) for r in records)
     metrics = {"failed": failed, "thought_words": mean(len(r["thought"].split()) for r in records)}
-    kinds = dict.fromkeys(trained, "reward") | dict.fromkeys(held_out, "held-out") | {"total": "reward"}
+    kinds = (
+        dict.fromkeys(trained, "reward") | dict.fromkeys(held_out, "held-out") | {"total": "reward"}
+    )
     for name, kind in kinds.items():
         values = torch.tensor([r[name] for r in records]).view(-1, cfg.num_generations)
         metrics[f"{kind}/{name}"] = values.nanmean().item()
         # Within the group: the spread that GRPO learns from. No spread in a group, nothing to learn.
         metrics[f"{kind}/{name}/group_std"] = values.std(1).nanmean().item()
-        metrics["unanimous_groups"] = (values.amax(1) == values.amin(1)).float().mean().item()  # at last, of the total
+        metrics["unanimous_groups"] = (
+            (values.amax(1) == values.amin(1)).float().mean().item()
+        )  # at last, of the total
     return metrics
 
 
 def image_statistics(images):
     """Brightness, saturation and the like, under the name image/...: always logged, never trained on."""
-    return {f"image/{name}": reward_models.REWARDS[name]()(None, images) for name in reward_models.STATS}
+    return {
+        f"image/{name}": reward_models.REWARDS[name]()(None, images) for name in reward_models.STATS
+    }
 
 
 def reporter(cfg, run):
@@ -320,15 +436,28 @@ def reporter(cfg, run):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            usage_error("--report-to tensorboard: it is not installed; pip install tensorboard, or leave the flag out")
+            usage_error(
+                "--report-to tensorboard: it is not installed; pip install tensorboard, or leave the flag out"
+            )
         writer = SummaryWriter(run / "tensorboard")
-        return lambda step, numbers: [writer.add_scalar(name, value, step) for name, value in numbers.items()]
+        return lambda step, numbers: [
+            writer.add_scalar(name, value, step) for name, value in numbers.items()
+        ]
     if cfg.report_to == "wandb":
         try:
             import wandb
         except ImportError:
-            usage_error("--report-to wandb: it is not installed; pip install wandb, or leave the flag out")
-        session = wandb.init(project="artifact-reward", name=run.name, id=run.name, resume="allow", dir=run, config=asdict(cfg))
+            usage_error(
+                "--report-to wandb: it is not installed; pip install wandb, or leave the flag out"
+            )
+        session = wandb.init(
+            project="artifact-reward",
+            name=run.name,
+            id=run.name,
+            resume="allow",
+            dir=run,
+            config=asdict(cfg),
+        )
         return lambda step, numbers: session.log(numbers | {"step": step})
     return lambda step, numbers: None
 
@@ -338,15 +467,25 @@ class Log:
 
     def __init__(self, cfg, run, start, weights, held_out, rank, world):
         self.run, self.writes, self.seconds, self.clock = run, rank == 0, {}, time.perf_counter()
-        self.shown = [("reward", name) for name in weights] + [("held-out", name) for name in held_out]
+        self.shown = [("reward", name) for name in weights] + [
+            ("held-out", name) for name in held_out
+        ]
         self.report = lambda step, numbers: None
         if self.writes:
             files.begin_log(run, start, cfg, world)
             self.report = reporter(cfg, run)
-            print(f"{run}/: trained on {' + '.join(weights)}; only watched: {', '.join(held_out) or 'nothing'}; "
-                  f"{cfg.prompts_per_step} prompts x {cfg.num_generations} pictures a step", flush=True)
-        self.bar = tqdm(range(start, cfg.max_steps), initial=start, total=cfg.max_steps, desc="grpo",
-                        disable=not self.writes)
+            print(
+                f"{run}/: trained on {' + '.join(weights)}; only watched: {', '.join(held_out) or 'nothing'}; "
+                f"{cfg.prompts_per_step} prompts x {cfg.num_generations} pictures a step",
+                flush=True,
+            )
+        self.bar = tqdm(
+            range(start, cfg.max_steps),
+            initial=start,
+            total=cfg.max_steps,
+            desc="grpo",
+            disable=not self.writes,
+        )
 
     def steps(self):
         for step in self.bar:
@@ -371,7 +510,9 @@ class Log:
             files.log_records(self.run / "tests" / f"step_{step:06d}.jsonl", records)
             files.log_line(self.run / "test.jsonl", {"step": step, **means})
             self.report(step, {f"test/{name}": value for name, value in means.items()})
-            hacking.save_strip(images[: hacking.STRIP], self.run / "samples" / f"step_{step:06d}.png")
+            hacking.save_strip(
+                images[: hacking.STRIP], self.run / "samples" / f"step_{step:06d}.png"
+            )
             hacking.save_sheet(images, self.run / "tests" / ("last.png" if step else "first.png"))
             shown = "  ".join(f"{k} {v:.3f}" for k, v in means.items() if "/" not in k)
             tqdm.write(f"test at step {step}:  {shown}")
