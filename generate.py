@@ -1,205 +1,126 @@
-"""Text to image with an autoregressive model: a picture is a sentence of 576 words.
+"""Text to image with an autoregressive model: a picture is a sentence of 576 tokens.
 
-Janus-Pro is a language model with two vocabularies. With the text head it writes words; with the
-image head it writes *image tokens*, the numbers of little patches in a codebook, row by row, and a
-VQ decoder turns the finished grid (24 x 24; 8 x 8 in the tiny world) into pixels. So a picture has a
-probability, the product over its tokens, just like a sentence, and everything that reinforcement
-learning knows about language models applies to it:
+Janus-Pro is a language model with two output heads. The text head writes words. The image head
+writes *image tokens*: each is the number of a small patch in a codebook. They are written row by
+row, and a VQ decoder turns the finished grid (24 x 24; 8 x 8 in the tiny world) into pixels. So a
+picture has a probability, the product over its tokens, just like a sentence, and reinforcement
+learning for language models applies to it:
 
     p(picture | prompt) = prod_t softmax(u_t + w (c_t - u_t))[token_t]
 
-where c and u are the image head's logits with and without the prompt and w is the weight of
-classifier-free guidance (w = 1: none). Before it paints, the model may think: a "semantic chain of
-thought" (T2I-R1, arXiv:2505.00703) written by the text head, then appended to the prompt.
+c and u are the image head's logits with and without the prompt; w is the weight of classifier-free
+guidance (w = 1: none). Before it draws, the model may write a "semantic chain of thought" (T2I-R1,
+arXiv:2505.00703) with the text head. The thought is then appended to the prompt.
 
 Run:   python generate.py "a red circle left of a blue square"
        python generate.py --prompts tiny_world/prompts/test.jsonl --num-images 4
        python generate.py --model deepseek-community/Janus-Pro-1B "a corgi reading a newspaper"
-       python generate.py --model Qwen/Qwen-Image --prompts prompts/train.jsonl --output-dir references
+       python generate.py --model Qwen/Qwen-Image --prompts prompts/test.jsonl --output-dir refs
 
 You should see:  the thought for each picture, and outputs/00000/samples/0000.png (GenEval's layout)
-with a line a picture in outputs/manifest.jsonl.
+with one line for each picture in outputs/manifest.jsonl.
 
-Left out: image understanding (Janus' other half), beam search, top-k (it would make the sampled
-distribution another one than the scored).   Read next: rewards.py
+Left out: image understanding (Janus' other half), beam search, top-k (the policy would sample from
+another distribution than the one it is scored on).   Read next: rewards.py
 """
 
 import hashlib
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
 from PIL import Image
-from tqdm import tqdm
-from transformers import JanusForConditionalGeneration, JanusProcessor
-from transformers.utils import logging as transformers_logging
 
-from evaluation import layouts
-from training.files import HERE, atomic, load_prompts, usage_error
-
-transformers_logging.set_verbosity_error()  # it would announce each fallback from torchvision to Pillow
-transformers_logging.disable_progress_bar()
-# On a Hopper GPU torch 2.13 would take cuDNN's attention, whose gradient is now and then NaN under a mask
-# (github.com/pytorch/pytorch/issues/196678) and which plans anew for every length; without a GPU this says nothing.
-torch.backends.cuda.enable_cudnn_sdp(False)
+from evaluation.layouts import export
+from training import cuda_graph
+from training.files import usage_error
+from training.pictures import write_pictures
+from training.policy import load_policy
+from training.processes import pick_device
+from training.prompts import load_prompts
+from training.sharding import cast_frozen_weights
 
 # Shapes:  N rollouts   L context tokens (padded on the left)   C thought tokens   T image tokens
-#          V vocabulary
+#          S = C + T   D hidden size   V vocabulary
 
-
-# --- the policy -------------------------------------------------------------------------------
-
-
-@dataclass
-class Policy:
-    """A Janus model with what is needed to speak to it."""
-
-    model: JanusForConditionalGeneration
-    processor: JanusProcessor
-    reasoning: str  # the instruction that asks for a thought; {} is the prompt
-    dtype: torch.dtype  # of the arithmetic; trained weights are float32
-    cuda_graph: bool = True  # sampling on a GPU: record one step, replay it
-
-    def __post_init__(self):
-        self.tokenizer = self.processor.tokenizer
-        self.boi = self.tokenizer.convert_tokens_to_ids(self.tokenizer.boi_token)
-        self.body = (
-            self.model.model.language_model
-        )  # without the text head, which pictures never need
-        self.grid = self.model.config.vq_config.num_patches  # pictures are grid x grid tokens
-
-    @property
-    def device(self):
-        return next(self.model.parameters()).device
-
-    def to(self, device):
-        self.model.to(device)
-        return self
-
-    def inside(self, function, *args):
-        """function(*args), as one forward pass of the whole model: where the weights are spread over processes
-        (scale.py), they come together for it. Otherwise it is just a call."""
-        return (
-            self.model.inside(function, *args) if hasattr(self.model, "inside") else function(*args)
-        )
-
-    def save(self, folder, state=None):
-        """A folder that load_policy, and JanusForConditionalGeneration.from_pretrained, open. state: whole weights, where
-        the model itself has only shards."""
-        self.model.save_pretrained(folder, state_dict=state)
-        self.model.config.dtype = (
-            torch.float32
-        )  # it has noted the type of the first weight, which may be a frozen one's,
-        self.model.config.save_pretrained(
-            folder
-        )  # and from_pretrained would round all others to it
-        self.processor.save_pretrained(folder)
-        (Path(folder) / "reasoning.txt").write_text(self.reasoning + "\n", encoding="utf-8")
-
-    def arithmetic(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-
-def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_image_head=False):
-    """Any Janus in the Hugging Face format: a folder, a hub name, or "tiny" for the one we ship.
-
-    The weights are float32 whatever `dtype` is: at a learning rate of 1e-6 a bfloat16 weight never
-    moves (its spacing is 1/256 of its size). As in T2I-R1, only the language model is trained; the
-    eyes, the codebook, the VQ model and the image head stay as they are."""
-    path = (
-        HERE / "tiny_world" / "checkpoints" / "policy"
-        if name_or_path == "tiny"
-        else Path(name_or_path)
-    )
-    where = path if path.is_dir() else name_or_path
-    if path.is_dir() and (path / "config.json").is_file():
-        kind = json.loads((path / "config.json").read_text()).get("model_type")
-        if kind != "janus":
-            usage_error(
-                f"--model {name_or_path}: holds a {kind!r} checkpoint; needed is 'janus' in the Hugging Face format, "
-                "such as deepseek-community/Janus-Pro-1B (deepseek-ai's own are not)"
-            )
-    elif path.is_dir() or name_or_path.startswith((".", "/")):
-        usage_error(
-            f"--model {name_or_path}: no config.json there; needed is a folder saved by save_pretrained"
-        )
-    try:
-        model = (
-            JanusForConditionalGeneration.from_pretrained(where, dtype=torch.float32)
-            .to(device)
-            .eval()
-        )
-        processor = JanusProcessor.from_pretrained(where)
-    except OSError as problem:
-        usage_error(f"--model {name_or_path}: cannot be loaded ({str(problem).splitlines()[0]})")
-    own = path / "reasoning.txt"  # a checkpoint may bring the instruction that it was trained with
-    reasoning = (
-        (own if own.is_file() else HERE / "prompts" / "reasoning.txt")
-        .read_text(encoding="utf-8")
-        .strip()
-    )
-    trained = ("model.language_model.", "lm_head.") + (
-        ("model.generation_head.",) if train_image_head else ()
-    )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(trained))
-    return Policy(model, processor, reasoning, dtype)
+# --- contexts: what the model reads before it writes --------------------------------------------
 
 
 def chat(policy, text):
-    """One user turn in the checkpoint's own template, up to where the model begins to speak."""
+    """One user turn in the checkpoint's own template, up to where the model begins to write."""
     turn = [{"role": "user", "content": [{"type": "text", "text": text}]}]
     return policy.processor.apply_chat_template(turn, add_generation_prompt=True)
 
 
-def thought_context(policy, prompts):
-    """What the model reads before it thinks: ids and mask, (N, L)."""
-    return tokenize(policy, [chat(policy, policy.reasoning.replace("{}", p)) for p in prompts])
-
-
-def image_context(policy, prompts, thoughts):
-    """What the model reads before it paints: "prompt. thought" and the begin-of-image token."""
-    texts = [f"{p}. {c}" if c else p for p, c in zip(prompts, thoughts)]
-    return tokenize(policy, [chat(policy, t) + policy.tokenizer.boi_token for t in texts])
-
-
 def tokenize(policy, texts):
+    """Token ids and mask, (N, L) each."""
     # Padding goes on the LEFT, masked and without a position of its own. The released code pads on
-    # the right and lets pads consume positions: there a picture depends on how long the thoughts of
-    # its batch-mates are.
+    # the right and lets padding consume positions: there a picture depends on how long the thoughts
+    # of the other rollouts in its batch are.
     batch = policy.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
     return batch.input_ids.to(policy.device), batch.attention_mask.bool().to(policy.device)
 
 
-def without_prompt(policy, ids):
-    """The same contexts with every word blotted out by the pad token: what u is computed from.
-    The mask stays that of the prompt, as in transformers' Janus (the released code unmasks padding)."""
+def thought_context(policy, prompts):
+    """Context of the thought: ids and mask, (N, L)."""
+    return tokenize(policy, [chat(policy, policy.reasoning.replace("{}", p)) for p in prompts])
+
+
+def image_context(policy, prompts, thoughts):
+    """Context of the picture: "prompt. thought" and the begin-of-image token; ids, mask (N, L)."""
+    texts = [f"{p}. {thought}" if thought else p for p, thought in zip(prompts, thoughts)]
+    return tokenize(policy, [chat(policy, t) + policy.tokenizer.boi_token for t in texts])
+
+
+def unconditional_ids(policy, ids):
+    """The same contexts with every word replaced by the pad token: u is computed from these. The
+    mask stays that of the prompt, as in transformers' Janus (the released code unmasks padding)."""
     keep = (ids == policy.tokenizer.bos_token_id) | (ids == policy.boi)
     return ids.masked_fill(~keep, policy.tokenizer.pad_token_id)
 
 
-def causal(mask_NL):
-    """Who sees whom, (N, 1, L, L): each token the real ones up to itself. Padding sees itself,
-    because a softmax over nothing is NaN."""
+def add_unconditional(policy, ids, mask, cfg_weight):
+    """With guidance: N rows with the prompt, then N without it. Without guidance: unchanged."""
+    if cfg_weight == 1:
+        return ids, mask
+    return torch.cat([ids, unconditional_ids(policy, ids)]), mask.repeat(2, 1)
+
+
+def apply_cfg(logits, cfg_weight):
+    """Classifier-free guidance: rows [with prompt; without] (2N, ..., V) -> u + w (c - u)."""
+    if cfg_weight == 1:
+        return logits
+    c, u = logits.chunk(2)
+    return u + cfg_weight * (c - u)
+
+
+def default_cfg_weight(policy):
+    weight = policy.model.generation_config.guidance_scale
+    return 5.0 if weight is None else weight  # 5: Janus' own default
+
+
+def causal_mask(mask_NL):
+    """(N, 1, L, L) bool: each token attends to the real tokens up to itself. Padding attends to
+    itself, because a softmax over nothing is NaN."""
     L = mask_NL.shape[1]
     past = torch.ones(L, L, dtype=torch.bool, device=mask_NL.device).tril()
     itself = torch.eye(L, dtype=torch.bool, device=mask_NL.device)
     return ((past & mask_NL[:, None, :]) | itself)[:, None]
 
 
-# --- sampling ---------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------
 
 
 @dataclass
 class Rollouts:
-    """N samples of the policy: what it thought, what it painted."""
+    """N samples of the policy: thoughts and pictures."""
 
+    keys: list  # N tuples (seed, step, prompt index, sample index)
     prompts: list  # N texts
     thoughts: list  # N texts, "" without chain of thought
-    thought_ids: torch.Tensor  # (N, C) the sampled tokens, end-of-sentence included, then padding
+    thought_ids: torch.Tensor  # (N, C) the sampled tokens, end of sentence included, then padding
     thought_mask: torch.Tensor  # (N, C) bool, True where a token was sampled
     image_ids: torch.Tensor  # (N, T)
     images: list  # N PIL images
@@ -213,416 +134,319 @@ class Rollouts:
         return len(self.prompts)
 
     def __getitem__(self, rows):
-        """The rollouts rows (a slice)."""
-        return Rollouts(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+        """The rollouts `rows`, a slice."""
+        return Rollouts(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def join(parts):
-    """Rollouts that were made in several batches -> one batch; thoughts are filled up to the longest."""
+    """Rollouts of several batches -> one batch; thoughts are padded to the longest."""
     width = max(part.thought_ids.shape[1] for part in parts)
     joined = {}
-    for name in Rollouts.__dataclass_fields__:
-        values = [getattr(part, name) for part in parts]
-        if name.startswith("thought_"):
-            values = [
-                torch.nn.functional.pad(value, (0, width - value.shape[1])) for value in values
-            ]
-        joined[name] = torch.cat(values) if isinstance(values[0], torch.Tensor) else sum(values, [])
+    for field in fields(Rollouts):
+        values = [getattr(part, field.name) for part in parts]
+        if field.name.startswith("thought_"):
+            values = [torch.nn.functional.pad(v, (0, width - v.shape[1])) for v in values]
+        is_tensor = isinstance(values[0], torch.Tensor)
+        joined[field.name] = torch.cat(values) if is_tensor else sum(values, [])
     return Rollouts(**joined)
 
 
-def noise(keys, length):
-    """All the chance that a rollout has: (N, length) uniform numbers, drawn from its key alone (seed,
-    step, prompt index, sample index). So a rollout can be made again, in any batch, on any number of
-    processes, or after a crash."""
-    return torch.stack([torch.rand(length, generator=generator(key)) for key in keys])
-
-
-def generator(key):
+def seeded_generator(key):
     digest = hashlib.sha256(repr(tuple(key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def draw_token(logits_NV, uniform_N):
+def uniform_numbers(keys, length):
+    """All the randomness of a rollout: (N, length) numbers in [0, 1), drawn from its key (seed,
+    step, prompt index, sample index) alone. So a rollout can be repeated: in any batch, on any
+    number of processes, after a crash."""
+    return torch.stack([torch.rand(length, generator=seeded_generator(key)) for key in keys])
+
+
+def sample_inverse_cdf(logits_NV, uniform_N):
     """Sample from softmax(logits) by inverting its cumulative distribution: (N,) token ids."""
     cumulative = logits_NV.float().softmax(-1).cumsum(-1)
     below = cumulative <= uniform_N[:, None] * cumulative[:, -1:]
     return below.sum(-1).clamp(max=logits_NV.shape[-1] - 1)
 
 
-def guide(logits, cfg_weight):
-    """Classifier-free guidance: rows [with prompt; without] -> u + w (c - u)."""
-    if cfg_weight == 1:
-        return logits
-    c, u = logits.chunk(2)
-    return u + cfg_weight * (c - u)
+class KeyValueCache:
+    """Keys and values of all tokens read so far, so that each token is read once. For each layer
+    two tensors (rows, heads, length, width) that keep their place in memory."""
 
-
-class Cache:
-    """The keys and values of all that was read, so that a token is read once: two tensors (rows, heads, length, width) a
-    layer, which stay where they are. `at`: where the next ones go, `end`: how far attention looks (a mask hides what is
-    not there yet)."""
-
-    def __init__(self, context, more, device):
-        self.length, self.layers = context + more, {}
-        self.at, self.end = torch.arange(context, device=device), context
+    def __init__(self, context, new_tokens, device):
+        self.length, self.layers = context + new_tokens, {}
+        self.at = torch.arange(context, device=device)  # where the next keys and values go
+        self.end = context  # attention reads up to here; a mask hides what is not filled yet
 
     def update(self, keys, values, layer):
-        """What transformers' attention calls: keep these, return those to look at."""
-        if layer not in self.layers:  # zeros, because even a masked NaN is one
-            self.layers[layer] = [
-                x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in (keys, values)
-            ]
+        """Called by transformers' attention: keep these, return all that it may attend to."""
+        if layer not in self.layers:  # zeros, because even a masked NaN gives NaN
+            shape = (*keys.shape[:2], self.length, keys.shape[3])
+            self.layers[layer] = [keys.new_zeros(shape), values.new_zeros(shape)]
         for kept, new in zip(self.layers[layer], (keys, values)):
             kept.index_copy_(2, self.at, new)
         return [kept[:, :, : self.end] for kept in self.layers[layer]]
 
 
-def decode(policy, ids, mask, new_tokens, uniform, embed, head, eos=None):
-    """The sampling loop of both heads: read the context once, then a token at a time with a key-value cache. embed: (N,) ids
-    -> (rows, 1, D); head: (rows, D) -> (N, V). Returns (N, new_tokens), fewer columns if every row has met `eos`."""
-    (rows, L), N, device = ids.shape, len(uniform), ids.device
-    cache = Cache(L, new_tokens, device)
+def sample_tokens(policy, ids, mask, uniform, embed, head, eos=None):
+    """The sampling loop of both heads: read the context once, then one token at a time.
+
+    ids, mask: (rows, L). uniform: (N, n), a number for each new token. embed: (N,) ids ->
+    (rows, 1, D); head: (rows, D) -> logits (N, V). Returns (N, n) ids; fewer columns if every row
+    has sampled `eos` before."""
+    (rows, L), (N, n), device = ids.shape, uniform.shape, ids.device
+    pad = policy.tokenizer.pad_token_id
+    cache = KeyValueCache(L, n, device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
 
-    def read(x, allowed, position):
-        """What comes after x: the last hidden states, (rows, D)."""
-        # in policy.dtype, or the cache would be made for float32, and refuse what comes
-        return policy.body(
+    def read(x, attention_mask, position):
+        # In policy.dtype, or the cache would be made for float32.
+        out = policy.language_model(
             inputs_embeds=x.to(policy.dtype),
-            attention_mask=allowed[..., : cache.end],
+            attention_mask=attention_mask,
             position_ids=position,
             past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state[:, -1]
-
-    # All that a step reads and writes stays where it is in memory, the number of the step too: so one step is like
-    # another, and can be recorded.
-    t = torch.zeros(1, dtype=torch.long, device=device)  # tokens drawn so far, less one
-    tokens = torch.full((N, new_tokens), policy.tokenizer.pad_token_id, device=device)
-    ended = torch.zeros(N, dtype=torch.bool, device=device)
-    position = positions[:, -1:].clone()
-    allowed = torch.full(
-        (rows, 1, 1, cache.length), -torch.inf, dtype=policy.dtype, device=device
-    )  # added to the logits
-    allowed[..., :L].masked_fill_(mask[:, None, None], 0.0)
-
-    def choose(hidden):
-        token = draw_token(head(hidden), uniform.index_select(1, t)[:, 0])
-        if eos is not None:
-            token = torch.where(ended, policy.tokenizer.pad_token_id, token)
-            ended.logical_or_(token == eos)
-        tokens.index_copy_(1, t, token[:, None])
-
-    def step():
-        """Feed the last token, draw the next."""
-        x = embed(tokens.index_select(1, t)[:, 0])
-        cache.at = t + L
-        allowed.index_fill_(3, cache.at, 0.0)
-        position.add_(1)
-        t.add_(1)
-        choose(read(x, allowed, position))
-
-    # Attention looks no further than the stretch that is being drawn. On a GPU each stretch is recorded anew.
-    stretch = 144 if device.type == "cuda" else 8
-    choose(read(policy.body.get_input_embeddings()(ids), causal(mask), positions))
-    for drawn in range(1, new_tokens):
-        if eos is not None and ended.all():
-            return tokens[:, :drawn]
-        if (drawn - 1) % stretch == 0:
-            cache.end, proceed = cache.end + stretch, step
-        if (drawn - 1) % stretch == 2 and recordable(
-            policy
-        ):  # kernels for this length are loaded, autocast has its copies
-            proceed = record(step)
-        proceed()
-    return tokens
-
-
-def recordable(policy):
-    """Sharded weights stay out: FSDP's hooks are Python, and a graph replays none."""
-    return (
-        policy.cuda_graph and policy.device.type == "cuda" and not hasattr(policy.model, "inside")
-    )
-
-
-def record(step):
-    """step() as a CUDA graph: the kernels that it starts are written down, then started again by one call. For a
-    token the GPU needs about a millisecond, Python 25 (a thousand kernels, one by one): it would wait for Python.
-    One graph at a time, as all are captured with the same workspace; and while it lives no thread may leave an autocast
-    of its own: torch would free the rounded weights that the graph reads."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(
-            graph, capture_error_mode="thread_local"
-        ):  # other threads may talk to the GPU meanwhile
-            step()  # nothing is computed yet
-    except torch.AcceleratorError as problem:
-        usage_error(
-            f"this GPU cannot record a step of sampling ({str(problem).splitlines()[0]}); --no-cuda-graph goes on "
-            "without, more slowly"
         )
-    return graph.replay
+        return out.last_hidden_state[:, -1]
+
+    hidden = read(policy.embed_text(ids), causal_mask(mask), positions)
+    position = positions[:, -1:]
+    visible = torch.full((rows, 1, 1, L + n), -torch.inf, dtype=policy.dtype, device=device)
+    visible[..., :L].masked_fill_(mask[:, None, None], 0.0)  # added to attention's logits
+    ended = torch.zeros(N, dtype=torch.bool, device=device)
+    if cuda_graph.is_usable(policy):  # the same loop, recorded
+        choose = lambda hidden, u: sample_inverse_cdf(head(hidden), u)
+        return cuda_graph.sample_tokens(
+            read, embed, choose, hidden, position, visible, ended, cache, uniform, pad, eos
+        )
+
+    tokens = []
+    for t in range(n):
+        token = sample_inverse_cdf(head(hidden), uniform[:, t])
+        if eos is not None:
+            token = torch.where(ended, pad, token)
+            ended |= token == eos
+        tokens.append(token)
+        if t == n - 1 or (eos is not None and ended.all()):
+            break
+        cache.at = torch.tensor([L + t], device=device)
+        cache.end = L + 8 * (t // 8 + 1)  # a multiple of 8, so that few different shapes occur
+        visible[..., L + t] = 0.0
+        hidden = read(embed(token), visible[..., : cache.end], position + t + 1)
+    return torch.stack(tokens, 1)
 
 
-@torch.no_grad()  # not inference_mode: the token ids are used again in a forward pass with gradients
+@torch.no_grad()  # not inference_mode: the token ids are used again in a pass with gradients
 def sample(policy, prompts, keys, cot=True, cfg_weight=None, max_thought=64):
-    """Sample one picture for each prompt.
+    """Sample one thought and one picture for each prompt: Rollouts.
 
-    keys: N tuples of integers (seed, step, prompt index, sample index), all the randomness there is.
+    keys: N tuples of integers (seed, step, prompt index, sample index), all the randomness.
     cfg_weight: guidance weight, None = the checkpoint's own (5 for Janus-Pro, 1 for tiny).
-    Temperature is 1 and nothing is cut off: what is sampled from is exactly what `logprobs` scores."""
-    cfg_weight = default_cfg(policy) if cfg_weight is None else cfg_weight
-    uniform = noise(keys, max_thought + policy.grid**2).to(policy.device)
-    return policy.inside(paint, policy, prompts, uniform, cot, cfg_weight, max_thought)
+    Temperature is 1 and nothing is cut off: `logprobs` scores exactly this distribution."""
+    cfg_weight = default_cfg_weight(policy) if cfg_weight is None else cfg_weight
+    uniform = uniform_numbers(keys, max_thought + policy.grid**2).to(policy.device)
+    arguments = (policy, keys, prompts, uniform, cot, cfg_weight, max_thought)
+    return policy.run_in_root_forward(think_and_draw, *arguments)
 
 
-def paint(policy, prompts, uniform, cot, cfg_weight, max_thought):
-    """Think, then paint, from these random numbers."""
-    with policy.arithmetic():
+def think_and_draw(policy, keys, prompts, uniform, cot, cfg_weight, max_thought):
+    eos = policy.tokenizer.eos_token_id
+    with policy.autocast():
+        thought_ids = torch.zeros(len(prompts), 0, dtype=torch.long, device=policy.device)
         if cot:
             ids, mask = thought_context(policy, prompts)
-            embed = policy.body.get_input_embeddings()
-            thought_ids = decode(
-                policy,
-                ids,
-                mask,
-                max_thought,
-                uniform,
-                lambda t: embed(t[:, None]),
-                policy.model.lm_head,
-                eos=policy.tokenizer.eos_token_id,
-            )
-        else:
-            thought_ids = torch.zeros(len(prompts), 0, dtype=torch.long, device=policy.device)
-        # Everything up to and including the first end-of-sentence was a choice; padding was not.
-        ended = (thought_ids == policy.tokenizer.eos_token_id).long()
+            embed = lambda token: policy.embed_text(token[:, None])
+            lm_head = policy.model.lm_head
+            uniform_thought = uniform[:, :max_thought]
+            thought_ids = sample_tokens(policy, ids, mask, uniform_thought, embed, lm_head, eos)
+        # Everything up to and including the first end of sentence was sampled; padding was not.
+        ended = (thought_ids == eos).long()
         thought_mask = ended.cumsum(1) - ended == 0
         thoughts = [
-            policy.tokenizer.decode(row[chosen], skip_special_tokens=True).strip()
-            for row, chosen in zip(thought_ids, thought_mask)
+            policy.tokenizer.decode(row[sampled], skip_special_tokens=True).strip()
+            for row, sampled in zip(thought_ids, thought_mask)
         ]
-
         ids, mask = image_context(policy, prompts, thoughts)
-        image_ids = paint_tokens(policy, ids, mask, uniform[:, max_thought:], cfg_weight)
+        image_ids = sample_image(policy, ids, mask, uniform[:, max_thought:], cfg_weight)
         images = to_images(policy, image_ids)
-    return Rollouts(list(prompts), thoughts, thought_ids, thought_mask, image_ids, images)
+    texts = (list(keys), list(prompts), thoughts)
+    return Rollouts(*texts, thought_ids, thought_mask, image_ids, images)
 
 
-def paint_tokens(policy, ids, mask, uniform, cfg_weight):
-    """The image tokens after these contexts, (N, T). Guided, the rows without a prompt run beside those with one."""
-    branches = 1 if cfg_weight == 1 else 2
-    if branches == 2:
-        ids, mask = torch.cat([ids, without_prompt(policy, ids)]), mask.repeat(2, 1)
+def sample_image(policy, ids, mask, uniform, cfg_weight):
+    """The image tokens after these contexts, (N, T). With guidance the rows without a prompt are
+    sampled beside those with one; both read the same tokens."""
+    ids, mask = add_unconditional(policy, ids, mask, cfg_weight)
+    branches = len(ids) // len(uniform)
 
     def embed(token):
-        return policy.model.prepare_embeddings_for_image_generation(token[:, None]).repeat(
-            branches, 1, 1
-        )
+        x = policy.model.prepare_embeddings_for_image_generation(token[:, None])
+        return x.repeat(branches, 1, 1)
 
     def head(hidden):
-        return guide(policy.model.model.generation_head(hidden).float(), cfg_weight)
+        return apply_cfg(policy.model.model.generation_head(hidden).float(), cfg_weight)
 
-    return decode(policy, ids, mask, policy.grid**2, uniform, embed, head)
-
-
-def default_cfg(policy):
-    weight = policy.model.generation_config.guidance_scale
-    return 5.0 if weight is None else weight  # 5: Janus' own default
+    return sample_tokens(policy, ids, mask, uniform, embed, head)
 
 
 def to_images(policy, image_ids, chunk=16):
-    """(N, T) image tokens -> N PIL images. The VQ decoder speaks [-1, 1]; rounding, not truncating.
+    """(N, T) image tokens -> N PIL images. The VQ decoder gives [-1, 1]; rounded, not truncated.
 
-    Always `chunk` at a time, the last one filled up: convolution kernels are chosen by batch size and
-    differ in the seventh digit, which now and then rounds a pixel the other way."""
+    Always `chunk` at a time, the last chunk filled up: convolution kernels are chosen by batch size
+    and differ in the seventh digit, which sometimes rounds a pixel the other way."""
     images = []
     for ids in image_ids.split(chunk):
         filled = torch.nn.functional.pad(ids, (0, 0, 0, chunk - len(ids)))
         pixels = policy.model.model.vqmodel.decode(filled)[: len(ids)].float()
-        pixels = (
-            ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-        )
-        images += [Image.fromarray(p) for p in pixels]
+        pixels = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+        images += [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
     return images
 
 
 # --- scoring: the log-probability of what was sampled -------------------------------------------
 
 
-def logprobs(policy, rollouts, cfg_weight=1.0):
-    """log pi(token | what came before), of exactly the tokens of these rollouts, differentiable.
-
-    Returns (N, C+T) float32: the thought's tokens, then the image's; meaningful where rollouts.mask.
-    cfg_weight is that of the distribution to score: the sampler's own for on-policy learning; 1 for
-    the conditional branch alone, as T2I-R1 released it (see grpo.py, --guidance)."""
-    return policy.inside(score, policy, rollouts, cfg_weight)
-
-
-def score(policy, rollouts, cfg_weight):
-    parts = []
-    with policy.arithmetic():
-        C = rollouts.thought_ids.shape[1]
-        if C:
-            ids, mask = thought_context(policy, rollouts.prompts)
-            embed = policy.body.get_input_embeddings()
-            hidden = teach(
-                policy, embed(ids), mask, embed(rollouts.thought_ids), rollouts.thought_mask
-            )
-            parts.append(pick(policy.model.lm_head(hidden), rollouts.thought_ids))
-        ids, mask = image_context(policy, rollouts.prompts, rollouts.thoughts)
-        painted = policy.model.prepare_embeddings_for_image_generation(rollouts.image_ids)
-        if cfg_weight != 1:
-            ids, mask = torch.cat([ids, without_prompt(policy, ids)]), mask.repeat(2, 1)
-            painted = painted.repeat(2, 1, 1)
-        hidden = teach(policy, policy.body.get_input_embeddings()(ids), mask, painted)
-        logits = policy.model.model.generation_head(hidden).float()
-        parts.append(pick(guide(logits, cfg_weight), rollouts.image_ids))
-    return torch.cat(parts, 1)
-
-
-def teach(policy, context, mask, continuation, continuation_mask=None):
-    """Teacher forcing: hidden states (N, n, D) from which each of the n continuation tokens was drawn.
-    The last token predicts nothing, so it is not fed."""
-    n = continuation.shape[1]
-    x = torch.cat([context, continuation[:, :-1]], 1)
-    if continuation_mask is None:
-        continuation_mask = torch.ones(continuation.shape[:2], dtype=torch.bool, device=x.device)
-    mask = torch.cat([mask, continuation_mask[:, :-1]], 1)
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    out = policy.body(
-        inputs_embeds=x.to(policy.dtype),
-        attention_mask=causal(mask),
-        position_ids=position,
-        use_cache=False,
-    )
-    return out.last_hidden_state[:, -n:]
-
-
-def pick(logits_NTV, ids_NT):
+def gather_logprobs(logits_NTV, ids_NT):
     """log_softmax at the chosen tokens, in float32: bfloat16 has steps of 1/128 near 1."""
     logits = logits_NTV.float()
     return logits.gather(-1, ids_NT[..., None])[..., 0] - logits.logsumexp(-1)
 
 
-# --- command line -----------------------------------------------------------------------------
+def teacher_forced_hidden(policy, context, mask, continuation, continuation_mask=None):
+    """Teacher forcing: feed all n tokens of the continuation at once. Returns the hidden states
+    (N, n, D) from which each of them was sampled; the last one predicts nothing and is not fed."""
+    n = continuation.shape[1]
+    x = torch.cat([context, continuation[:, :-1]], 1)
+    if continuation_mask is None:
+        continuation_mask = torch.ones(continuation.shape[:2], dtype=torch.bool, device=x.device)
+    mask = torch.cat([mask, continuation_mask[:, :-1]], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    out = policy.language_model(
+        inputs_embeds=x.to(policy.dtype),
+        attention_mask=causal_mask(mask),
+        position_ids=positions,
+        use_cache=False,
+    )
+    return out.last_hidden_state[:, -n:]
+
+
+def logprobs(policy, rollouts, cfg_weight=1.0):
+    """log pi(token | what came before) of exactly the tokens of these rollouts, differentiable.
+
+    Returns (N, C+T) float32: the thought's tokens, then the picture's; valid where rollouts.mask.
+    cfg_weight is that of the distribution to score: the sampler's own for on-policy learning; 1 for
+    the conditional branch alone, as T2I-R1 released it (see grpo.py, --guidance)."""
+    return policy.run_in_root_forward(token_logprobs, policy, rollouts, cfg_weight)
+
+
+def token_logprobs(policy, rollouts, cfg_weight):
+    parts, thought_ids = [], rollouts.thought_ids
+    with policy.autocast():
+        if thought_ids.shape[1]:  # thoughts are never guided
+            ids, mask = thought_context(policy, rollouts.prompts)
+            context, thought = policy.embed_text(ids), policy.embed_text(thought_ids)
+            hidden = teacher_forced_hidden(policy, context, mask, thought, rollouts.thought_mask)
+            parts.append(gather_logprobs(policy.model.lm_head(hidden), thought_ids))
+        ids, mask = image_context(policy, rollouts.prompts, rollouts.thoughts)
+        ids, mask = add_unconditional(policy, ids, mask, cfg_weight)
+        picture = policy.model.prepare_embeddings_for_image_generation(rollouts.image_ids)
+        picture = picture.repeat(len(ids) // len(rollouts), 1, 1)
+        hidden = teacher_forced_hidden(policy, policy.embed_text(ids), mask, picture)
+        logits = apply_cfg(policy.model.model.generation_head(hidden).float(), cfg_weight)
+        parts.append(gather_logprobs(logits, rollouts.image_ids))
+    return torch.cat(parts, 1)
+
+
+# --- command line -------------------------------------------------------------------------------
+
+
+def pipeline_sampler(name_or_path, device, dtype, cfg_weight):
+    """sample_batch of a text-to-image pipeline of diffusers, or None if this is none. Such models
+    draw reference pictures (adversarial_reward.py). Only diffusers' own classes are loaded, from
+    safetensors; no remote code."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        if not (Path(name_or_path) / "model_index.json").is_file():
+            hf_hub_download(name_or_path, "model_index.json")
+    except Exception:  # no pipeline, or no network: load_policy says what is wrong
+        return None
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=dtype).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    guidance = {} if cfg_weight is None else {"guidance_scale": cfg_weight}
+
+    def sample_batch(prompts, keys):
+        generators = [seeded_generator(key) for key in keys]  # a picture depends on its key alone
+        return pipeline(prompts, generator=generators, **guidance).images, [""] * len(prompts)
+
+    return sample_batch
+
+
+def policy_sampler(cfg, device, dtype):
+    """sample_batch of a Janus, (prompts, keys) -> (images, thoughts), and its guidance weight."""
+    policy = load_policy(cfg.model, "cpu", dtype)
+    policy.model.requires_grad_(False)  # nothing is trained, so all matrices may be cast
+    policy = cast_frozen_weights(policy)
+    policy.model.to(device)
+    policy.cuda_graph = cfg.cuda_graph
+    weight = default_cfg_weight(policy) if cfg.cfg_weight is None else cfg.cfg_weight
+
+    def sample_batch(prompts, keys):
+        rollouts = sample(policy, prompts, keys, cfg.cot, weight, cfg.max_thought)
+        return rollouts.images, rollouts.thoughts
+
+    return sample_batch, weight
 
 
 @dataclass
 class Config:
-    prompt: Annotated[str, tyro.conf.Positional] = ""  # what to paint; or give --prompts
+    prompt: Annotated[str, tyro.conf.Positional] = ""  # what to draw; or give --prompts
     prompts: str = ""  # a prompt file: JSONL, JSON, text, TSV/CSV or a folder of texts
-    model: str = (
-        "tiny"  # "tiny", a folder or hub name (a Janus, or a pipeline of diffusers), or drawn-plain
-    )
+    model: str = "tiny"  # "tiny", or a folder or hub name of a Janus or of a diffusers pipeline
     num_images: int = 4  # pictures for each prompt
     output_dir: str = "outputs"  # pictures go to <output-dir>/00000/samples/0000.png
-    seed: int = 42  # with the prompt's place and the picture's number, all the randomness there is
-    cot: bool = True  # think before painting
-    cfg_weight: float | None = None  # guidance w; default: the checkpoint's own
+    seed: int = 42  # with the number of the prompt and of the picture, all the randomness
+    cot: bool = True  # write a thought before drawing
+    cfg_weight: float | None = None  # guidance weight w [the checkpoint's own]
     max_thought: int = 64  # longest thought, in tokens
     batch_size: int = 32  # pictures at a time
-    cuda_graph: bool = (
-        True  # on a GPU: record the kernels of one token and replay them, several times as fast
-    )
+    cuda_graph: bool = True  # on a GPU: record the step of one token and replay it
     limit: int = 0  # only the first prompts; 0 = all
+    # geneval: as it is; else also export for this official scorer
     layout: Literal["geneval", "t2i-compbench", "wise", "dpg", "hpdv2"] = (
-        "geneval"  # also export for this scorer
+        "geneval"  # also export so
     )
-    overwrite: bool = False  # make pictures again that are there already
+    overwrite: bool = False  # draw again what is there already
     device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # of the arithmetic; auto: bfloat16 on cuda
-    )
-
-
-def pick_device(device, dtype="auto"):
-    """("auto", "auto") -> the best there is: (device name, torch dtype)."""
-    if device == "auto":
-        device = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
-    return device, getattr(torch, dtype)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic [cuda: bfloat16]
 
 
 def main(cfg):
-    from tiny_world import draw as painters  # uphill, for once: it needs all of the above
-
     if bool(cfg.prompt) == bool(cfg.prompts):
-        usage_error('give one prompt, python generate.py "a red circle", or a file, --prompts FILE')
+        usage_error('give one prompt, python generate.py "a red circle", or --prompts FILE')
     if cfg.num_images < 1 or cfg.batch_size < 1:
         usage_error(
-            f"--num-images {cfg.num_images} --batch-size {cfg.batch_size}: both must be at least 1"
+            f"--num-images {cfg.num_images} --batch-size {cfg.batch_size}: both must be 1 or more"
         )
-    rows = (
-        load_prompts(cfg.prompts) if cfg.prompts else [{"id": "0", "prompt": cfg.prompt, "tag": ""}]
-    )
-    rows = rows[: cfg.limit or None]
-    paint_all, weight = painters.painter(cfg)
-    root = Path(cfg.output_dir)
-    manifest, entries = root / "manifest.jsonl", {}
-    if manifest.exists():
-        entries = {
-            entry["path"]: entry for entry in map(json.loads, manifest.read_text().splitlines())
-        }
-
-    todo, replaced = [], 0
-    for i, row in enumerate(rows):
-        with atomic(root / f"{i:05d}" / "metadata.jsonl") as file:
-            file.write(json.dumps(row))
-        for k in range(cfg.num_images):
-            # Names come from numbers, never from prompts: a prompt may hold "/" or have 300 letters.
-            entry = {
-                "path": f"{i:05d}/samples/{k:04d}.png",
-                "id": row["id"],
-                "prompt": row["prompt"],
-                "sample": k,
-                "seed": cfg.seed,
-                "model": cfg.model,
-                "cfg_weight": weight,
-                "cot": cfg.cot,
-            }
-            known = entries.get(entry["path"], {})
-            made = (
-                root / entry["path"]
-            ).exists() and entry.items() <= known.items()  # by these very settings
-            if cfg.overwrite or not made:
-                todo.append((i, k, entry))
-                replaced += bool(known)
-    if replaced:
-        print(
-            f"{replaced} pictures in {root}/ were made for other prompts or with other settings; they are replaced"
-        )
-
-    for start in tqdm(
-        range(0, len(todo), cfg.batch_size), desc="painting", disable=len(todo) <= cfg.batch_size
-    ):
-        batch = todo[start : start + cfg.batch_size]
-        prompts, keys = (
-            [rows[i]["prompt"] for i, _, _ in batch],
-            [(cfg.seed, 0, i, k) for i, k, _ in batch],
-        )
-        for (_, _, entry), image, thought in zip(batch, *paint_all(prompts, keys)):
-            with atomic(root / entry["path"], "wb") as file:
-                image.save(file, "PNG")
-            digest = hashlib.sha256((root / entry["path"]).read_bytes()).hexdigest()
-            entries[entry["path"]] = entry | {"thought": thought, "sha256": digest}
-            if len(todo) <= 8:
-                print(f"{root / entry['path']}  {thought}")
-        with atomic(manifest) as file:  # whole after each batch, so that a stopped run can go on
-            file.writelines(json.dumps(entries[path]) + "\n" for path in sorted(entries))
-    print(
-        f"{len(todo)} pictures made, {len(rows) * cfg.num_images - len(todo)} were there already, in {root}/"
+    rows = [{"id": "0", "prompt": cfg.prompt, "tag": ""}]
+    rows = (load_prompts(cfg.prompts) if cfg.prompts else rows)[: cfg.limit or None]
+    device, dtype = pick_device(cfg.device, cfg.dtype)
+    weight, sample_batch = cfg.cfg_weight, None
+    if cfg.model != "tiny":
+        sample_batch = pipeline_sampler(cfg.model, device, dtype, weight)
+    if sample_batch is None:
+        sample_batch, weight = policy_sampler(cfg, device, dtype)
+    settings = {"seed": cfg.seed, "model": cfg.model, "cfg_weight": weight, "cot": cfg.cot}
+    write_pictures(
+        rows, sample_batch, settings, cfg.output_dir, cfg.num_images, cfg.batch_size, cfg.overwrite
     )
     if cfg.layout != "geneval":
-        out = Path(f"{root}-{cfg.layout}")
-        made = layouts.export(root, cfg.layout, out, Path(cfg.prompts).stem)
+        out = f"{cfg.output_dir}-{cfg.layout}"
+        made = export(cfg.output_dir, cfg.layout, out, Path(cfg.prompts).stem)
         print(f"the same as {made} files for the official scorer, in {out}/")
 
 

@@ -1,0 +1,79 @@
+"""Flags of grpo.py, checked before anything is loaded: wrong usage costs nothing.
+
+Read next: run_folder.py
+"""
+
+from training.files import ROOT, usage_error
+from training.processes import world_size
+from training.prompts import load_prompts
+
+# What "[tiny: ...; else ...]" stands for in grpo.py's flags.
+PRESETS = {
+    "tiny": {
+        "eval_rewards": "gold,gold-clean,gold-aligned",
+        "prompts": str(ROOT / "tiny_world/prompts/train.jsonl"),
+        "test_prompts": str(ROOT / "tiny_world/prompts/test.jsonl"),
+        "max_steps": 100,
+        "learning_rate": 1e-4,
+        "beta": 0.02,
+    },
+    "real": {
+        "eval_rewards": "",
+        "prompts": str(ROOT / "prompts/train.jsonl"),
+        "test_prompts": str(ROOT / "prompts/test.jsonl"),
+        "max_steps": 1600,
+        "learning_rate": 1e-6,
+        "beta": 0.01,
+    },
+}
+POSITIVE = (
+    "max_steps learning_rate updates_per_rollout micro_batch rollout_batch max_thought "
+    "max_grad_norm save_steps save_total_limit eval_steps eval_images"
+).split()
+
+
+def fill_presets(cfg):
+    for name, value in PRESETS["tiny" if cfg.model == "tiny" else "real"].items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
+
+
+def num_processes(cfg):
+    """As many as there are; a dry run may plan for others."""
+    return cfg.world_size if cfg.dry_run and cfg.world_size else world_size()
+
+
+def check_flags(cfg, num_rewards, processes):
+    """Refuse what cannot work; returns (training prompts, test prompts), lists of rows."""
+    for name in POSITIVE:
+        if not getattr(cfg, name) > 0:
+            flag = name.replace("_", "-")
+            usage_error(f"--{flag} {getattr(cfg, name)}: must be greater than 0")
+    if cfg.num_generations < 2:
+        usage_error(
+            f"--num-generations {cfg.num_generations}: a group of one has no baseline; use 4 or "
+            "more"
+        )
+    if cfg.prompts_per_step < 1 or cfg.prompts_per_step % processes:
+        usage_error(
+            f"--prompts-per-step {cfg.prompts_per_step}: must be a multiple of the {processes} "
+            "processes, because a group stays on one process"
+        )
+    if cfg.combine == "constrained" and num_rewards < 2:
+        usage_error(
+            "--combine constrained needs two rewards: the first is maximised, the others keep "
+            "their --floor"
+        )
+    if cfg.shard and (cfg.lora_rank or (processes == 1 and not cfg.dry_run)):
+        usage_error(
+            "--shard spreads full training over several processes (torchrun --nproc-per-node 8); "
+            "it does not go with --lora-rank, which has little to spread"
+        )
+    rows = load_prompts(cfg.prompts)
+    if len(rows) < cfg.prompts_per_step:
+        usage_error(
+            f"--prompts {cfg.prompts}: {len(rows)} prompts for --prompts-per-step "
+            f"{cfg.prompts_per_step}; a step needs as many different ones, or two groups would be "
+            "copies"
+        )
+    return rows, load_prompts(cfg.test_prompts)

@@ -1,0 +1,162 @@
+"""What a run writes down: every number on the screen is in a file of the run folder.
+
+Read next: run_folder.py
+"""
+
+import math
+import time
+from dataclasses import asdict
+
+import torch
+from tqdm import tqdm
+
+from training import pictures
+from training.files import usage_error
+from training.processes import gather, rank
+from training.records import append_jsonl, mean, test_means, write_jsonl
+from training.run_folder import begin_log
+from training.sharding import DTensor
+
+
+def make_records(rows, rollouts, scores):
+    """One dict for each rollout: its prompt (one of `rows`), its thought, its scores."""
+    records = []
+    for n, (_, _, i, sample) in enumerate(rollouts.keys):
+        record = {"id": rows[i]["id"], "prompt": rows[i]["prompt"], "sample": sample}
+        record["thought"] = rollouts.thoughts[n]
+        records.append(record | {name: values[n].item() for name, values in scores.items()})
+    return records
+
+
+def summarize(records, trained, heldout, group_size):
+    """One step's records -> numbers to log. A NaN score counts as failed and enters no mean."""
+    failed = mean(any(math.isnan(record[name]) for name in trained) for record in records)
+    words = mean(len(record["thought"].split()) for record in records)
+    metrics = {"failed": failed, "thought_words": words}
+    kinds = dict.fromkeys(trained, "reward") | dict.fromkeys(heldout, "held-out")
+    for name, kind in (kinds | {"total": "reward"}).items():
+        values = torch.tensor([record[name] for record in records]).view(-1, group_size)
+        metrics[f"{kind}/{name}"] = values.nanmean().item()
+        # The spread within a group is what GRPO learns from.
+        metrics[f"{kind}/{name}/group_std"] = values.std(1).nanmean().item()
+    unanimous = values.amax(1) == values.amin(1)  # of "total", the last one
+    metrics["unanimous_groups"] = unanimous.float().mean().item()
+    return metrics
+
+
+def processes_agree(policy):
+    """1 if all processes hold the same trained weights, by their sum (shards are parts of one set
+    of weights and cannot differ)."""
+    trained = [p.detach() for p in policy.model.parameters() if p.requires_grad]
+    total = sum(p.double().sum().item() for p in trained if not isinstance(p, DTensor))
+    return int(len(set(gather([total]))) == 1)
+
+
+def external_logger(cfg, folder):
+    """A function (step, numbers) for --report-to; the run folder is written in any case."""
+    if cfg.report_to == "none":
+        return lambda step, numbers: None
+    try:
+        if cfg.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(folder / "tensorboard")
+            return lambda step, numbers: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
+        import wandb
+    except ImportError:
+        name = cfg.report_to
+        usage_error(f"--report-to {name}: not installed; pip install {name}, or drop the flag")
+    session = wandb.init(
+        project="artifact-reward",
+        name=folder.name,
+        id=folder.name,
+        resume="allow",
+        dir=folder,
+        config=asdict(cfg),
+    )
+    return lambda step, numbers: session.log(numbers | {"step": step})
+
+
+class Stopwatch:
+    """Seconds of each part of a step, as metrics "seconds/<part>"."""
+
+    def __init__(self):
+        self.seconds, self.last = {}, time.perf_counter()
+
+    def start(self):
+        self.last = time.perf_counter()
+
+    def __call__(self, part):
+        """The part that began at the last call, or at start, ends here."""
+        now = time.perf_counter()
+        self.seconds[f"seconds/{part}"] = round(now - self.last, 3)
+        self.last = now
+
+
+class Log:
+    """The run folder and the screen. Rank 0 writes; the other processes only send their part."""
+
+    def __init__(self, cfg, folder, start, trained, heldout):
+        self.cfg, self.folder, self.writes = cfg, folder, rank() == 0
+        self.trained, self.heldout, self.clock = list(trained), list(heldout), Stopwatch()
+        self.report = lambda step, numbers: None
+        if self.writes:
+            begin_log(folder, start, cfg)
+            self.report = external_logger(cfg, folder)
+            print(
+                f"{folder}/: trained on {' + '.join(self.trained)}; held out: "
+                f"{', '.join(self.heldout) or 'nothing'}; {cfg.prompts_per_step} prompts x "
+                f"{cfg.num_generations} pictures a step",
+                flush=True,
+            )
+        steps, total = range(start, cfg.max_steps), cfg.max_steps
+        self.bar = tqdm(steps, "grpo", total, initial=start, disable=not self.writes)
+
+    def steps(self):
+        for step in self.bar:
+            self.clock.start()
+            yield step
+
+    def step(self, step, metrics, policy, rows, rollouts, scores):
+        """Write one training step; returns (all metrics, the records of all processes)."""
+        records = gather(make_records(rows, rollouts, scores))
+        G = self.cfg.num_generations
+        metrics = metrics | summarize(records, self.trained, self.heldout, G)
+        metrics["processes_agree"] = processes_agree(policy)
+        metrics["diversity"] = mean(gather(pictures.diversity(rollouts.images, G)))
+        if self.writes:
+            line = {"step": step, **metrics, **self.clock.seconds}
+            append_jsonl(self.folder / "metrics.jsonl", line)
+            self.report(step, metrics | self.clock.seconds)
+            write_jsonl(self.folder / "rollouts" / f"step_{step:06d}.jsonl", records)
+            shown = {name: f"{metrics[f'reward/{name}']:.3f}" for name in self.trained}
+            shown |= {name: f"{metrics[f'held-out/{name}']:.3f}" for name in self.heldout}
+            self.bar.set_postfix(shown | {"kl": f"{metrics['kl']:.2f}"})
+        return metrics, records
+
+    def rollout_pictures(self, step, images):
+        """The pictures of one training step, of all processes, in place of the last ones."""
+        images = gather(images)
+        if self.writes:
+            for old in (self.folder / "rollouts").glob("*.png"):
+                old.unlink()
+            pictures.save_sheet(images, self.folder / "rollouts" / f"step_{step:06d}.png")
+
+    def test(self, step, records, images):
+        """Write the records and pictures of one test."""
+        if not self.writes:
+            return
+        means = test_means(records)
+        write_jsonl(self.folder / "tests" / f"step_{step:06d}.jsonl", records)
+        append_jsonl(self.folder / "test.jsonl", {"step": step, **means})
+        self.report(step, {f"test/{name}": value for name, value in means.items()})
+        strip = self.folder / "samples" / f"step_{step:06d}.png"
+        pictures.save_strip(images[: pictures.STRIP], strip)
+        pictures.save_sheet(images, self.folder / "tests" / f"{'last' if step else 'first'}.png")
+        shown = "  ".join(f"{k} {v:.3f}" for k, v in means.items() if "/" not in k)
+        tqdm.write(f"test at step {step}:  {shown}")
+
+    def pool(self, records):
+        """Write the records for best-of-n."""
+        if self.writes:
+            write_jsonl(self.folder / "best_of_n.jsonl", records)

@@ -1,0 +1,136 @@
+"""Does it fit? `grpo.py --dry-run` answers without a GPU and without weights, by arithmetic.
+
+    torchrun grpo.py --model deepseek-community/Janus-Pro-7B --shard --dry-run --world-size 8
+
+Kernels and fragmented memory come on top: a tenth of each GPU is kept free.
+
+Read next: sharding.py
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import JanusConfig, JanusForConditionalGeneration
+
+from training.files import ROOT, usage_error
+
+NODE = 8  # GPUs of a node: weights are sharded within one
+
+# From the published configurations, so that a plan needs no network. Both are Llamas.
+JANUS_PRO = {
+    "Janus-Pro-1B": {"hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 5632},
+    "Janus-Pro-7B": {"hidden_size": 4096, "num_hidden_layers": 30, "intermediate_size": 11008},
+}
+
+
+def janus_config(name):
+    """The configuration of a Janus: "tiny", a folder, or one of the two that are published."""
+    known = JANUS_PRO.get(Path(name).name)
+    if known is None:
+        tiny = ROOT / "tiny_world/checkpoints/policy"
+        return JanusConfig.from_pretrained(tiny if name == "tiny" else name)
+    width = known["hidden_size"]
+    text = dict(known, model_type="llama", vocab_size=102400, max_position_embeddings=16384)
+    heads = width // 128
+    text |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+    vision = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "depth": 2}
+    vision |= {"image_size": 384, "patch_size": 16, "num_image_tokens": 576}
+    return JanusConfig(
+        text_config=text | {"tie_word_embeddings": False},
+        vision_config=vision | {"projection_dim": width},
+        vq_config={"projection_dim": width, "image_token_embed_dim": width, "num_patches": 24},
+        tie_word_embeddings=False,
+    )
+
+
+def meta_model(config):
+    """The architecture, its weights without memory."""
+    with torch.device("meta"):
+        return JanusForConditionalGeneration(config)
+
+
+def count_parameters(config, lora_rank):
+    """(all, trained, those of the VQ model, the language model's matrices) as numbers."""
+    parameters = dict(meta_model(config).named_parameters())
+    vq = sum(p.numel() for name, p in parameters.items() if "vqmodel" in name)
+    names = [n for n in parameters if n.startswith(("model.language_model.", "lm_head."))]
+    trained = sum(parameters[name].numel() for name in names)
+    if lora_rank:
+        adapted = [parameters[name].shape for name in names if name.endswith("_proj.weight")]
+        trained = sum(lora_rank * sum(shape) for shape in adapted)
+    return sum(p.numel() for p in parameters.values()), trained, vq
+
+
+def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lora_rank,
+         checkpointing, prompt=80):  # fmt: skip
+    """(counts, gigabytes), two dicts: what -> number. GB are those of one GPU.
+
+    pictures: sampled at a time on one GPU. thought, prompt: tokens."""
+    total, trained, vq = count_parameters(config, lora_rank)
+    frozen = total if lora_rank else total - trained
+    llama, T = config.text_config, config.vq_config.num_patches**2
+    D, layers, length = llama.hidden_size, llama.num_hidden_layers, prompt + thought + T
+    branches, share = (2 if guided else 1), (min(world_size, NODE) if sharded else 1)
+    head_size = D // llama.num_attention_heads
+    kv_bytes = 2 * 2 * layers * llama.num_key_value_heads * head_size  # of one token, in bfloat16
+    logits = max(T * config.vq_config.num_embeddings, thought * llama.vocab_size)
+    per_layer = 1 if checkpointing else 16  # numbers that are kept for each token and hidden unit
+    state = {
+        "weights, gradients, Adam: 16 bytes for each trained parameter": 16 * trained / share,
+        "frozen weights: 2 bytes (sharded: 4)": (4 if sharded else 2) * frozen / share,
+        "reference policy: 2 bytes": 0 if lora_rank else 2 * total / share,
+        "autocast's copies: 2 bytes for each trained parameter": 0 if sharded else 2 * trained,
+    }
+    rollout = {
+        "rollout: gathered weights, in tests also the reference's": sharded * 4 * (total - vq),
+        "rollout: keys and values": kv_bytes * pictures * branches * length,
+    }
+    update = {
+        "update: activations": 2 * branches * micro_batch * length * D * layers * per_layer,
+        "update: logits, three copies in float32": 3 * 4 * micro_batch * logits,
+    }
+    peaks = {
+        "peak of the rollout": sum((state | rollout).values()),
+        "peak of the update": sum((state | update).values()),
+    }
+    counts = {"total": total, "trained": trained, "tokens of a picture": T}
+    parts = state | rollout | update | peaks
+    return counts, {name: value / 1e9 for name, value in parts.items()}
+
+
+def print_plan(cfg, world_size):
+    """--dry-run: what would happen, and whether it fits."""
+    try:
+        config = janus_config(cfg.model)
+    except OSError:
+        known = ", ".join(JANUS_PRO)
+        usage_error(f"--dry-run --model {cfg.model}: no configuration; give a folder, or {known}")
+    cfg_weight = cfg.cfg_weight or (1 if cfg.model == "tiny" else 5)
+    guided = cfg.guidance != "none" and cfg_weight != 1
+    rollouts = cfg.prompts_per_step * cfg.num_generations // world_size
+    counts, gigabytes = plan(config, world_size, min(cfg.rollout_batch, rollouts),
+        min(cfg.micro_batch, rollouts), guided, cfg.max_thought * cfg.cot, cfg.shard, cfg.lora_rank,
+        cfg.gradient_checkpointing)  # fmt: skip
+    billions = {name: counts[name] / 1e9 for name in ("total", "trained")}
+    pictures = rollouts * world_size
+    print(
+        f"{cfg.model}: {billions['total']:.3f} billion parameters, {billions['trained']:.3f} "
+        f"trained, on {world_size} processes\n"
+        f"a step: {pictures} pictures of {counts['tokens of a picture']} tokens, {rollouts} on "
+        f"each process; {cfg.max_steps} steps, {cfg.max_steps * pictures} pictures\n"
+    )
+    for name, value in gigabytes.items():
+        print(f"{value:9.2f} GB   {name}")
+    remedies = {
+        "--shard": not cfg.shard and world_size > 1,
+        "--lora-rank 16": not cfg.lora_rank,
+        "--gradient-checkpointing": not cfg.gradient_checkpointing,
+        "a smaller --micro-batch": cfg.micro_batch > 1,
+        "more GPUs": True,
+    }
+    peak = max(gigabytes["peak of the rollout"], gigabytes["peak of the update"])
+    fits = peak < 0.9 * cfg.gpu_memory
+    advice = "; try " + ", ".join(name for name, helps in remedies.items() if helps)
+    verdict = "fits" if fits else "does not fit"
+    room = f"{cfg.gpu_memory:.0f} GB, a tenth kept free"
+    print(f"\n{verdict} into {room}{'' if fits else advice}")

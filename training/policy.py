@@ -1,0 +1,102 @@
+"""The policy: a Janus model with its processor, loaded and saved in the Hugging Face format.
+
+Read next: generate.py, which samples from it and scores it
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import JanusForConditionalGeneration, JanusProcessor
+from transformers.utils import logging as transformers_logging
+
+from training.files import ROOT, usage_error
+
+transformers_logging.set_verbosity_error()  # it would announce each fallback to Pillow
+transformers_logging.disable_progress_bar()
+# On a Hopper GPU torch 2.13 would choose cuDNN's attention. Its gradient is sometimes NaN under a
+# mask (github.com/pytorch/pytorch/issues/196678), and it makes a new plan for every length.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@dataclass
+class Policy:
+    """A Janus model with its processor."""
+
+    model: JanusForConditionalGeneration
+    processor: JanusProcessor
+    reasoning: str  # the instruction that asks for a thought; {} stands for the prompt
+    dtype: torch.dtype  # of the arithmetic; trained weights are float32
+    cuda_graph: bool = True  # sampling on a GPU: see training/cuda_graph.py
+    adapter: object = None  # with LoRA: peft's wrapper of the same model
+
+    def __post_init__(self):
+        self.tokenizer = self.processor.tokenizer
+        self.boi = self.tokenizer.convert_tokens_to_ids(self.tokenizer.boi_token)
+        self.language_model = self.model.model.language_model  # without the text head
+        self.embed_text = self.language_model.get_input_embeddings()
+        self.grid = self.model.config.vq_config.num_patches  # a picture is grid x grid tokens
+
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def run_in_root_forward(self, function, *args):
+        """function(*args) as one forward pass of the whole model: FSDP gathers sharded weights at
+        such passes only (training/sharding.py). Without sharding it is a plain call."""
+        run = getattr(self.model, "run_in_root_forward", None)
+        return run(function, *args) if run else function(*args)
+
+    def save(self, folder, state=None):
+        """Write a folder that load_policy and JanusForConditionalGeneration.from_pretrained open.
+        state: the full weights, where the model itself holds only shards."""
+        self.model.save_pretrained(folder, state_dict=state)
+        # save_pretrained notes the type of the first weight, which may be a frozen bfloat16 one.
+        # from_pretrained would then round all the others to it.
+        self.model.config.dtype = torch.float32
+        self.model.config.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        (Path(folder) / "reasoning.txt").write_text(self.reasoning + "\n", encoding="utf-8")
+
+
+def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_image_head=False):
+    """Load a Janus in the Hugging Face format: a folder, a hub name, or "tiny" (shipped with us).
+
+    The weights are float32 whatever `dtype` is: at a learning rate of 1e-6 a bfloat16 weight never
+    moves (its spacing is 1/256 of its size). As in T2I-R1 only the language model is trained; the
+    vision tower, the codebook, the VQ model and the image head stay frozen. Exit code 2 if there is
+    no such checkpoint."""
+    tiny = ROOT / "tiny_world/checkpoints/policy"
+    path = tiny if name_or_path == "tiny" else Path(name_or_path)
+    if (path / "config.json").is_file():
+        kind = json.loads((path / "config.json").read_text()).get("model_type")
+        if kind != "janus":
+            usage_error(
+                f"--model {name_or_path}: holds a {kind!r} checkpoint; it must be 'janus' in the "
+                "Hugging Face format, such as deepseek-community/Janus-Pro-1B (deepseek-ai's own "
+                "are not)"
+            )
+    elif path.is_dir() or name_or_path.startswith((".", "/")):
+        usage_error(f"--model {name_or_path}: no config.json; give a folder of save_pretrained")
+    source = path if path.is_dir() else name_or_path
+    try:
+        model = JanusForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+        processor = JanusProcessor.from_pretrained(source)
+    except OSError as problem:
+        usage_error(f"--model {name_or_path}: cannot be loaded ({str(problem).splitlines()[0]})")
+    own = path / "reasoning.txt"  # a checkpoint may bring the instruction that it was trained with
+    reasoning = own if own.is_file() else ROOT / "prompts/reasoning.txt"
+    trained = ("model.language_model.", "lm_head.")
+    trained += ("model.generation_head.",) if train_image_head else ()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(trained))
+    model.to(device).eval()
+    return Policy(model, processor, reasoning.read_text(encoding="utf-8").strip(), dtype)
+
+
+def trainable(policy):
+    return [p for p in policy.model.parameters() if p.requires_grad]

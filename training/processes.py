@@ -1,0 +1,60 @@
+"""Several processes: started by torchrun, or just one. Nothing else knows how many there are.
+
+Read next: sharding.py
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def pick_device(device, dtype="auto"):
+    """("auto", "auto") -> the best there is: (device name, torch dtype)."""
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    return device, getattr(torch, dtype)
+
+
+def start_processes(device="auto"):
+    """Join the process group if torchrun started this process (it sets RANK)."""
+    cuda = torch.cuda.is_available() and device in ("auto", "cuda")
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def end_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(items):
+    """A list from each process -> one list, in the order of the ranks, on all of them."""
+    if not dist.is_initialized():
+        return items
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def broadcast(value):
+    """The value that rank 0 has, on all processes."""
+    return gather([value])[0]
+
+
+def sum_over_processes(numbers):
+    """Sum a list of numbers, one by one, over all processes (float64)."""
+    return torch.tensor(gather([numbers]), dtype=torch.float64).sum(0).tolist()

@@ -1,0 +1,63 @@
+"""Records: one dict for each picture, with its prompt and every score, kept as lines of JSON.
+
+A score that failed is NaN in memory, null on disk (JSON has no NaN), and enters no mean.
+
+Read next: log.py, which writes them; evaluation/hacking.py, which reads them
+"""
+
+import json
+import math
+from pathlib import Path
+
+from training.files import atomic
+
+ARTIFACT_FREE = 0.5  # a picture counts as artifact-free when its gold-clean reaches this
+
+
+def read_jsonl(path):
+    """Lines of JSON objects -> a list of dicts; null becomes NaN."""
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [
+        {name: math.nan if value is None else value for name, value in row.items()} for row in rows
+    ]
+
+
+def json_line(record):
+    """One record as a line of JSON; NaN and infinity become null."""
+    failed = {
+        name
+        for name, value in record.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    }
+    return json.dumps(record | dict.fromkeys(failed)) + "\n"
+
+
+def write_jsonl(path, records):
+    with atomic(path) as file:
+        file.writelines(map(json_line, records))
+
+
+def append_jsonl(path, record):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json_line(record))
+
+
+def mean(values):
+    """Mean of the finite values; NaN if there are none."""
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def artifact_free(record):
+    """1.0 or 0.0; NaN where gold gave no score."""
+    clean = record["gold-clean"]
+    return math.nan if math.isnan(clean) else float(clean >= ARTIFACT_FREE)
+
+
+def test_means(records):
+    """The records of one test -> the mean of every score, KL, and the artifact-free share."""
+    names = [name for name, value in records[0].items() if isinstance(value, float)]
+    means = {name: mean(record[name] for record in records) for name in names}
+    if "gold-clean" in means:
+        means["artifact-free"] = mean(map(artifact_free, records))
+    return means

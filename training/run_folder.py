@@ -1,0 +1,203 @@
+"""The run folder: what a run leaves behind, and how it goes on after a stop.
+
+    runs/<name>/  config.json            flags, command, versions
+                  metrics.jsonl          a line for each step;  test.jsonl  a line for each test
+                  rollouts/, tests/      every picture's scores
+                  samples/               the fixed prompts through training
+                  checkpoints/step-*/    the policy, open with from_pretrained; optimizer.pt
+
+Read next: log.py
+"""
+
+import fcntl
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+
+from training.files import atomic, usage_error
+from training.processes import broadcast, gather, rank, world_size
+from training.records import read_jsonl
+from training.sharding import full_model_state, full_optimizer_state, load_optimizer_state
+
+# What may differ when a run goes on: where it runs and what it writes, not what it computes. (With
+# other --max-steps the learning rate falls along another line: that is what extending a run means.)
+MAY_DIFFER = set(
+    "resume output_dir run_name max_steps save_steps save_total_limit eval_steps best_of judge_url "
+    "device max_failures micro_batch rollout_batch cuda_graph shard gradient_checkpointing "
+    "report_to world_size gpu_memory".split()
+)
+
+
+def checkpoints(folder):
+    return sorted((Path(folder) / "checkpoints").glob("step-*"))
+
+
+# --- opening ------------------------------------------------------------------------------------
+
+
+def open_run(cfg):
+    """(run folder, checkpoint to resume from or None, lock), the same on all processes."""
+    folder, checkpoint = broadcast(choose_folder(cfg) if rank() == 0 else None)
+    if checkpoint:
+        check_same_run(folder, cfg)
+    return folder, checkpoint, lock(folder) if rank() == 0 else None
+
+
+def choose_folder(cfg):
+    """A name that is taken gets a number: nothing is overwritten."""
+    root = Path(cfg.output_dir)
+    trained = re.sub("@https?://[^,:]+:[0-9]+", "", cfg.rewards)
+    trained = trained.replace(",", "+").replace(":", "=")
+    name = cfg.run_name or f"{Path(cfg.model).name}_{trained}_seed{cfg.seed}"
+    if Path(name).name != name:
+        usage_error(f"--run-name {name}: a name, not a path; the folder is made in {root}")
+    if cfg.resume not in ("never", "latest"):
+        folder = Path(cfg.resume)
+        if not checkpoints(folder):
+            usage_error(
+                f"--resume {folder}: no checkpoints/step-* in it; give a run folder, 'latest' or "
+                "'never'"
+            )
+        return folder, checkpoints(folder)[-1]
+    numbered = re.compile(re.escape(name) + r"(-\d+)?")
+    existing = [folder for folder in root.glob("*") if numbered.fullmatch(folder.name)]
+    if cfg.resume == "latest" and existing:
+        folder = max(existing, key=lambda path: path.stat().st_ctime)
+        return folder, checkpoints(folder)[-1] if checkpoints(folder) else None
+    folder, number = root / name, 2
+    while folder.exists():
+        folder, number = root / f"{name}-{number}", number + 1
+    return folder, None
+
+
+def check_same_run(folder, cfg):
+    """A resumed run keeps its flags; otherwise its log would mix two experiments."""
+    if not (folder / "config.json").is_file():
+        return
+    then = json.loads((folder / "config.json").read_text())["flags"]
+    now = json.loads(json.dumps(asdict(cfg)))
+    for name in sorted(then.keys() - MAY_DIFFER):
+        if then[name] != now.get(name):
+            usage_error(
+                f"--resume: {folder} was started with --{name.replace('_', '-')} {then[name]}, "
+                f"this is {now.get(name)}; start a new run under another --run-name, or use the "
+                "flags it had"
+            )
+
+
+def lock(folder):
+    """Keep this run folder for this process. The system releases the lock when the process ends,
+    however it ends. Returns the open file, which is the lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        usage_error(
+            f"{folder}: another run is writing there; wait for it, or choose another --run-name"
+        )
+    return file
+
+
+def begin_log(folder, start, cfg):
+    """Write config.json. Drop the lines of steps that will be repeated, so that the log of a
+    resumed run equals that of an uninterrupted one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, first in (("metrics.jsonl", start), ("test.jsonl", start + 1 if start else 0)):
+        path = folder / name
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+            with atomic(path) as file:
+                file.writelines(line for line in lines if json.loads(line)["step"] < first)
+    config = {
+        "flags": asdict(cfg),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "processes": world_size(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    with atomic(folder / "config.json") as file:
+        json.dump(config, file, indent=2)
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+class Run:
+    """What a checkpoint holds: the policy, the optimizer, the rewards that learn, the counters."""
+
+    def __init__(self, folder, policy, rewards, optimizer, keep):
+        self.folder, self.keep = folder, keep
+        self.policy, self.rewards, self.optimizer = policy, rewards, optimizer
+        self.step = 0  # the next one
+        self.skipped = 0  # steps in a row that were not taken
+
+    def finish_step(self, skipped):
+        self.step += 1
+        self.skipped = (self.skipped + 1) * skipped
+
+    def load(self, checkpoint):
+        """Restore what `save` wrote; load_policies has read the weights already."""
+        if checkpoint is None:
+            return
+
+        def load(name):
+            return torch.load(checkpoint / f"{name}.pt", weights_only=True, map_location="cpu")
+
+        load_optimizer_state(self.policy, self.optimizer, load("optimizer"))
+        for name, reward in self.rewards.adversaries.items():
+            reward.load_state_dict(load(name))
+        state = json.loads((checkpoint / "state.json").read_text())
+        self.step, self.skipped = state["step"], state["skipped"]
+        self.rewards.multipliers = state["multipliers"]
+
+    def save(self):
+        """checkpoints/step-000100: the policy in the Hugging Face format with a model card, and all
+        that an exact resume needs. Written under another name and renamed when complete, so that a
+        kill leaves the previous checkpoint whole. All processes must call it."""
+        weights = full_model_state(self.policy)
+        tensors = {"optimizer": full_optimizer_state(self.policy, self.optimizer)}
+        tensors |= {name: r.state_dict() for name, r in self.rewards.adversaries.items()}
+        if rank() == 0:
+            final = self.folder / "checkpoints" / f"step-{self.step:06d}"
+            partial = final.with_name(f".{final.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            self.policy.save(partial, weights)
+            if self.policy.adapter:
+                self.policy.adapter.save_pretrained(partial)
+            for name, value in tensors.items():
+                torch.save(value, partial / f"{name}.pt")
+            (partial / "README.md").write_text(model_card(self.folder, self.step))
+            state = {"step": self.step, "skipped": self.skipped}
+            state["multipliers"] = self.rewards.multipliers
+            (partial / "state.json").write_text(json.dumps(state))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            for old in checkpoints(self.folder)[: -self.keep]:
+                shutil.rmtree(old)
+        gather([None])  # no process may end before it is written: torchrun would stop the others
+
+
+def model_card(folder, step):
+    """What this checkpoint is: its command, the roles of the rewards, the last test."""
+    config = json.loads((folder / "config.json").read_text())
+    flags, last_test = config["flags"], read_jsonl(folder / "test.jsonl")[-1]
+    rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in last_test.items() if "/" not in k)
+    return (
+        f"# {folder.name}, step {step}\n\nTrained from `{flags['model']}` by\n\n"
+        f"    {config['command']}\n\nTrained on `{flags['rewards']}`; held out: "
+        f"`{flags['eval_rewards'] or 'nothing'}`. Last test:\n\n"
+        f"| measured | mean |\n|---|---|\n{rows}\n"
+    )
