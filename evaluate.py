@@ -1,29 +1,30 @@
 """Evaluate: runs, folders of pictures, pairs of pictures, one run against another.
 
-A number is worth what was done to avoid fooling oneself with it. So: what trained the policy is never
-called evidence; the mean of a folder comes with its standard error *over prompts* (four pictures of one
-prompt are not four opinions) and with the number of pictures that could not be scored; two runs are
-compared picture by picture, same prompt and same noise, because that takes the prompts' difficulty out;
-and a reward is tested on pairs, a clean and a broken picture of one prompt, before it is trusted:
+Rules against fooling oneself. What trained the policy is never called evidence. The mean of a
+folder comes with its standard error *over prompts* (four pictures of one prompt are not four
+independent samples) and with the number of pictures that got no score. Two runs are compared
+picture by picture, same prompt and same random numbers, which removes the difficulty of the
+prompts. A reward is tested on pairs, a clean and a broken picture of one prompt, before it is
+trusted:
 
-    accuracy = (pairs where the clean picture scores higher + ties / 2) / pairs        the paper's Table 2
+    accuracy = (pairs where the clean picture scores higher + ties / 2) / pairs    Table 2 of
+                                                                                   arXiv:2601.03468
 
-Run:   python evaluate.py                                      the newest run: figure, table, report.html
-       python evaluate.py runs/* --figure hacking.png          all of them, and a table over their seeds
-       python evaluate.py --images outputs --prompts tiny_world/prompts/test.jsonl --rewards hps,artifact
-       python evaluate.py --pairs tiny_world/pairs                   which reward notices what is broken?
-       python evaluate.py --compare RUN_A RUN_B                paired differences, and the pictures
-       python evaluate.py --summarize results.jsonl            GenEval's, WISE's, DPG's own result files
+Run:   python evaluate.py                                  the newest run: figure, table, report
+       python evaluate.py runs/* --figure hacking.png      all of them, and a table over seeds
+       python evaluate.py --images outputs --prompts tiny_world/prompts/test.jsonl
+       python evaluate.py --pairs tiny_world/pairs         which reward notices broken pictures?
+       python evaluate.py --compare RUN_A RUN_B            paired differences, and the pictures
+       python evaluate.py --summarize results.jsonl        result files of GenEval, WISE, DPG
        python evaluate.py --images outputs --prompts wise.json --wise verified --judge-url URL
 
-You should see:  tables in Markdown, ready to be pasted; pages that open from disk.
+You should see:  tables in Markdown; HTML pages that open from disk.
 
-Left out: the detectors of GenEval and T2I-CompBench. Their own scorers run on `generate.py --layout`.
-Read next: hacking.py (the figure), layouts.py (where benchmarks keep their pictures)
+Left out: the detectors of GenEval and T2I-CompBench. Their own scorers read what
+`generate.py --layout` writes.   Read next: adversarial_reward.py
 """
 
 import hashlib
-import html
 import math
 import statistics
 import sys
@@ -33,16 +34,21 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from markupsafe import Markup
 from PIL import Image
 from tqdm import tqdm
 
-import rewards as reward_models
-from artifact_reward import DEFAULT_URL, ServedJudge
-from evaluation import hacking, layouts, wise
-from evaluation import pages as report
-from generate import pick_device
-from training import files
-from training.files import atomic, json_line, read_jsonl, usage_error
+import rewards as reward_lib
+from evaluation import hacking, official_scores, pages, wise
+from evaluation.figures import hacking_figure, report_page
+from evaluation.layouts import find_images
+from evaluation.tables import bootstrap, markdown
+from reward_models.judge import DEFAULT_URL, ServedJudge
+from training.files import atomic, usage_error
+from training.pictures import cut_sheet, open_picture
+from training.processes import pick_device
+from training.prompts import load_prompts
+from training.records import mean, read_jsonl, write_jsonl
 
 # The paper's Table 2 (arXiv:2601.03468): accuracy on its 202 pairs.
 PAPER = {
@@ -60,213 +66,180 @@ PAPER = {
 
 @dataclass
 class Config:
-    runs: Annotated[
-        tuple[str, ...], tyro.conf.Positional
-    ] = ()  # run folders; none: the newest in runs/
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # run folders [newest in runs/]
     figure: str = ""  # also draw all these runs into one figure, here
-    images: str = ""  # a folder of pictures, in any layout of layouts.py
+    images: str = ""  # a folder of pictures, in any layout of evaluation/layouts.py
     prompts: str = ""  # their prompts, a file of any format
     rewards: str = "hps,artifact"  # what to score pictures and pairs with
-    wise: Literal["", "legacy", "verified"] = (
-        ""  # judge the pictures by this protocol of WISE instead
-    )
+    wise: Literal["", "legacy", "verified"] = ""  # score by this protocol of WISE instead
     pairs: str = ""  # a folder of pairs with test.jsonl, such as tiny_world/pairs
     compare: tuple[str, str] | None = None  # two run folders, or two score files of --images
     summarize: str = ""  # a result file of an official scorer
-    output: str = ""  # where the scores or the comparison go [beside the pictures; compare.html]
+    output: str = ""  # file of the scores or of the comparison [beside the pictures; compare.html]
     model: str = "tiny"  # "tiny" for our reward checkpoints, "real" for the published ones
-    judge_url: tuple[str, ...] = ()  # judge server(s) [tiny: in-process]
+    judge_url: tuple[str, ...] = ()  # judge server(s) [tiny: in this process]
     strict: bool = False  # a prompt without pictures is an error
 
 
-# --- a folder of pictures -------------------------------------------------------------------------
-
-
 def load_rewards(cfg):
-    checkpoint = "tiny" if cfg.model == "tiny" else None
-    options, parsed = (
-        {"artifact": dict(judge_urls=cfg.judge_url)},
-        reward_models.parse_all(cfg.rewards),
-    )
-    reward_models.refuse_learners(parsed)
-    return {
-        name: reward_models.load(
-            name, pick_device("auto")[0], checkpoint, url, **options.get(name, {})
-        )
-        for name, _, url in parsed
-    }
+    """name -> reward, of --rewards."""
+    parts = reward_lib.parse_parts(cfg.rewards)
+    reward_lib.refuse_learners([name for name, *_ in parts])
+    checkpoint, device = "tiny" if cfg.model == "tiny" else None, pick_device("auto")[0]
+    loaded = {}
+    for name, _, url in parts:
+        options = {"judge_urls": cfg.judge_url} if name == "artifact" else {}
+        loaded[name] = reward_lib.load(name, device, checkpoint, url, **options)
+    return loaded
 
 
-def open_picture(path):
-    """The picture, or None if the file is damaged: one bad file costs one score."""
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as problem:  # Pillow has all three for broken files
-        print(f"error: {path}: not a readable picture ({problem})", file=sys.stderr)
-        return None
+# --- a folder of pictures -----------------------------------------------------------------------
 
 
-def score_images(matched, scorers, known, save, batch=64):
-    """Score matched pictures [(row, k, path)]; returns records, one dict a picture. `known` are records of
-    earlier times: what they hold is not scored again. save(records) is called now and then."""
-    earlier, records = {(r["path"], r["sha256"]): r for r in known}, []
-    for start in tqdm(range(0, len(matched), batch), desc=f"scoring, {batch} at a time"):
-        rows, ks, paths = zip(*matched[start : start + batch])
+def score_images(matched, rewards, known, save, batch_size=64):
+    """Score matched pictures [(row, k, path)]; returns records, one dict for each picture. known:
+    records of earlier calls; what they hold is not scored again. save(records) is called now and
+    then. Pictures are open for one batch only, so memory does not grow."""
+    earlier, records = {(record["path"], record["sha256"]): record for record in known}, []
+    starts = range(0, len(matched), batch_size)
+    for start in tqdm(starts, desc=f"scoring, {batch_size} at a time"):
+        batch = matched[start : start + batch_size]
         new = []
-        for row, k, path in zip(rows, ks, paths):
-            digest = hashlib.sha256(
-                path.read_bytes()
-            ).hexdigest()  # a picture made again is another picture
-            record = {
-                "path": str(path),
-                "id": row["id"],
-                "prompt": row["prompt"],
-                "tag": row["tag"],
-                "sample": k,
-                "sha256": digest,
-            }
+        for row, sample, path in batch:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()  # a redrawn picture is another
+            record = {"path": str(path), "id": row["id"], "prompt": row["prompt"]}
+            record |= {"tag": row["tag"], "sample": sample, "sha256": digest}
             new.append(earlier.get((str(path), digest), {}) | record)
-        images = {}  # opened when the first reward wants them, closed with the batch
-        for name, scorer in scorers.items():
-            todo = [i for i, record in enumerate(new) if math.isnan(record.get(name, math.nan))]
-            for i in todo:
-                new[i][name] = math.nan
-                if i not in images:
-                    images[i] = open_picture(paths[i])
-            good = [i for i in todo if images[i] is not None]
-            if good:
-                scores = reward_models.score(
-                    {name: scorer},
-                    [new[i]["prompt"] for i in good],
-                    [images[i] for i in good],
-                    [rows[i] for i in good],
-                )
-                for i, value in zip(good, scores[name].tolist()):
-                    new[i][name] = value
+        score_batch(batch, new, rewards)
         records += new
-        if start // batch % 16 == 15:
+        if start // batch_size % 16 == 15:
             save(records)
     return records
 
 
-def score_table(records, names, tags=False):
-    """Mean, standard error over prompts, n and failures of each score; with tags, a row for each tag."""
-    rows = []
+def score_batch(batch, records, rewards):
+    """Fill in the scores that these records lack; NaN for a picture that cannot be opened."""
+    images = {}
+    for name, reward in rewards.items():
+        todo = [i for i, record in enumerate(records) if math.isnan(record.get(name, math.nan))]
+        for i in todo:
+            records[i][name] = math.nan
+            if i not in images:
+                images[i] = open_picture(batch[i][2])
+        good = [i for i in todo if images[i] is not None]
+        if good:
+            prompts, rows = [records[i]["prompt"] for i in good], [batch[i][0] for i in good]
+            scores = reward_lib.score({name: reward}, prompts, [images[i] for i in good], rows)
+            for i, value in zip(good, scores[name].tolist()):
+                records[i][name] = value
+
+
+def score_table(records, names, by_tag=False):
+    """Mean, standard error over prompts, n and failures of each score; with by_tag, one more row
+    for each tag."""
+    groups = {"all": records}
+    for record in records if by_tag else []:
+        groups.setdefault(record["tag"] or "untagged", []).append(record)
+    table = []
     for name in names:
-        groups = {"all": records}
-        for r in records if tags else []:
-            groups.setdefault(r["tag"], []).append(r)
         for tag, members in groups.items():
             by_prompt = defaultdict(list)
-            for r in members:
-                if math.isfinite(r[name]):
-                    by_prompt[r["id"]].append(r[name])
-            means = [report.mean(values) for values in by_prompt.values()]
-            error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+            for record in members:
+                if math.isfinite(record[name]):
+                    by_prompt[record["id"]].append(record[name])
+            means = [mean(values) for values in by_prompt.values()]
+            error = math.nan
+            if len(means) > 1:
+                error = statistics.stdev(means) / math.sqrt(len(means))
             n = sum(map(len, by_prompt.values()))
-            rows.append(
-                {
-                    "score": name,
-                    "prompts": tag or "untagged",
-                    "mean": report.mean(means),
-                    "standard error": error,
-                    "n": n,
-                    "failed": len(members) - n,
-                }
-            )
-    return rows
+            row = {"score": name, "prompts": tag, "mean": mean(means), "standard error": error}
+            table.append(row | {"n": n, "failed": len(members) - n})
+    return table
 
 
-def summary(path):
-    """An official result file as a table, beside the published rows."""
-    benchmark, columns, failed = layouts.summarize(path)
-    rows = [{"model": Path(path).name, **columns}]
-    rows += [
-        {"model": f"{name} (published)", **{c: scores.get(c, math.nan) for c in columns}}
-        for name, scores in layouts.REFERENCES.get(benchmark, {}).items()
-    ]
-    print(benchmark)
-    print("\n".join(report.markdown(rows)))
-    if failed:
-        print(
-            f"{len(failed)} without a score, in no mean: {', '.join(map(str, failed[:20]))}",
-            file=sys.stderr,
-        )
-    return failed
+def evaluate_folder(cfg):
+    """Score a folder; exit code 3 if some pictures got no score."""
+    rows = load_prompts(cfg.prompts)
+    layout, matched, missing, extra = find_images(cfg.images, rows)
+    print(
+        f"{cfg.images}: {layout} layout, {len(matched)} pictures of {len(rows) - len(missing)} "
+        f"prompts; {len(missing)} prompts without a picture, {len(extra)} pictures of no prompt"
+    )
+    if missing and cfg.strict:
+        usage_error(f"--strict: {len(missing)} prompts have no picture, such as {missing[0]['id']}")
+    if cfg.wise:
+        return evaluate_wise(cfg, matched)
+    output = Path(cfg.output or f"{Path(cfg.images)}-scores-{cfg.model}.jsonl")
+    known, rewards = read_jsonl(output) if output.is_file() else [], load_rewards(cfg)
+
+    def save(records):  # earlier scores of other pictures stay in the file
+        new = {record["path"] for record in records}
+        write_jsonl(output, [*records, *(r for r in known if r["path"] not in new)])
+
+    records = score_images(matched, rewards, known, save)
+    save(records)
+    by_tag = len({record["tag"] for record in records}) > 1
+    print(markdown(score_table(records, rewards, by_tag)))
+    print(f"a line for each picture: {output}")
+    sys.exit(3 if any(math.isnan(record[name]) for record in records for name in rewards) else 0)
 
 
 def evaluate_wise(cfg, matched):
     judge = ServedJudge(cfg.judge_url or (DEFAULT_URL,))
     output = Path(cfg.output or f"{Path(cfg.images)}-wise-{cfg.wise}_scores_results.jsonl")
-    with atomic(output) as file:
-        file.writelines(map(json_line, wise.judge_folder(judge, cfg.wise, matched, open_picture)))
-    failed = summary(output)
-    print(f"judged by {judge.model}, in our wording; a line a prompt: {output}")
+    write_jsonl(output, wise.judge_folder(judge, cfg.wise, matched))
+    failed = print_summary(output)
+    print(f"judged by {judge.model}, in our wording; a line for each prompt: {output}")
     sys.exit(3 if failed else 0)
 
 
-def evaluate_folder(cfg):
-    rows = files.load_prompts(cfg.prompts)
-    layout, matched, missing, extra = layouts.find_images(cfg.images, rows)
-    print(
-        f"{cfg.images}: {layout} layout, {len(matched)} pictures of {len(rows) - len(missing)} prompts; "
-        f"{len(missing)} prompts without a picture, {len(extra)} pictures of no prompt"
-    )
-    if missing and cfg.strict:
-        usage_error(
-            f"--strict: {len(missing)} prompts have no picture, such as {missing[0]['id']!r}"
+def print_summary(path):
+    """An official result file as a table, with published rows; returns the ids without score."""
+    benchmark, columns, failed = official_scores.summarize(path)
+    rows = [{"model": Path(path).name, **columns}]
+    for name, scores in official_scores.published(benchmark).items():
+        rows.append(
+            {"model": f"{name} (published)"} | {c: scores.get(c, math.nan) for c in columns}
         )
-    if cfg.wise:
-        return evaluate_wise(cfg, matched)
-    output = Path(cfg.output or f"{Path(cfg.images)}-scores-{cfg.model}.jsonl")
-    known, scorers = read_jsonl(output) if output.is_file() else [], load_rewards(cfg)
-
-    def save(records):  # nothing is lost: what was scored earlier and is not asked about now stays
-        new = {r["path"] for r in records}
-        with atomic(output) as file:
-            file.writelines(map(json_line, [*records, *(r for r in known if r["path"] not in new)]))
-
-    records = score_images(matched, scorers, known, save)
-    save(records)
-    by_tag = len({r["tag"] for r in records}) > 1
-    print("\n".join(report.markdown(score_table(records, scorers, by_tag))))
-    print(f"a line a picture: {output}")
-    sys.exit(3 if any(math.isnan(r[name]) for r in records for name in scorers) else 0)
+    print(benchmark)
+    print(markdown(rows))
+    if failed:
+        ids = ", ".join(map(str, failed[:20]))
+        print(f"{len(failed)} without a score, in no mean: {ids}", file=sys.stderr)
+    return failed
 
 
 # --- pairs --------------------------------------------------------------------------------------
 
 
-def pair_scores(reward, folder, split="test"):
-    """(rows, scores of the clean pictures, scores of the broken ones) of folder/split.jsonl."""
+def pair_scores(reward, folder):
+    """(rows, scores of the clean pictures, scores of the broken ones) of folder/test.jsonl."""
     folder = Path(folder)
-    if not (folder / f"{split}.jsonl").is_file():
-        usage_error(
-            f"--pairs {folder}: no {split}.jsonl there; a line has prompt, clean and broken (two files)"
-        )
-    rows, scores = read_jsonl(folder / f"{split}.jsonl"), []
+    if not (folder / "test.jsonl").is_file():
+        usage_error(f"--pairs {folder}: no test.jsonl; a line has prompt, clean and broken (files)")
+    rows, scores = read_jsonl(folder / "test.jsonl"), []
+    prompts = [row["prompt"] for row in rows]
     for side in ("clean", "broken"):
         images = [Image.open(folder / row[side]).convert("RGB") for row in rows]
-        scores.append(reward([row["prompt"] for row in rows], images, rows).tolist())
+        scores.append(reward(prompts, images, rows).tolist())
     return rows, *scores
 
 
-def pair_accuracy(clean, broken):
-    """How often the clean picture scores higher, ties half; pairs without scores are left out."""
-    couples = [(c, b) for c, b in zip(clean, broken) if math.isfinite(c + b)]
-    return report.mean((c > b) + (c == b) / 2 for c, b in couples)
+def pair_accuracy(couples):
+    """[(score of the clean picture, of the broken one)] -> how often the clean one scores higher;
+    ties count half, pairs without scores are left out."""
+    couples = [(clean, broken) for clean, broken in couples if math.isfinite(clean + broken)]
+    return mean((clean > broken) + (clean == broken) / 2 for clean, broken in couples)
 
 
-def pair_table(scorers, folder):
-    """The paper's Table 2 for these rewards: one row each."""
+def pair_table(rewards, folder):
+    """The paper's Table 2 for these rewards, a row each."""
     table = []
-    for name, reward in scorers.items():
+    for name, reward in rewards.items():
         rows, clean, broken = pair_scores(reward, folder)
         couples = list(zip(clean, broken))
-        low, high = report.bootstrap(
-            lambda pick: pair_accuracy(*zip(*(couples[i] for i in pick))),
-            [row["prompt"] for row in rows],
-        )
+        prompts = [row["prompt"] for row in rows]
+        low, high = bootstrap(lambda pick, c=couples: pair_accuracy(c[i] for i in pick), prompts)
         table.append(
             {
                 "reward": name,
@@ -274,7 +247,7 @@ def pair_table(scorers, folder):
                 "tie": sum(c == b for c, b in couples),
                 "wrong": sum(c < b for c, b in couples),
                 "failed": sum(math.isnan(c + b) for c, b in couples),
-                "accuracy": pair_accuracy(clean, broken),
+                "accuracy": pair_accuracy(couples),
                 "95 %": f"{low:.3f} to {high:.3f}",
                 "paper": f"{PAPER[name]:.2f}" if name in PAPER else "",
             }
@@ -282,18 +255,18 @@ def pair_table(scorers, folder):
     return table
 
 
-# --- one against another --------------------------------------------------------------------------
+# --- one against another ------------------------------------------------------------------------
 
 
 def read_scored(path):
-    """Records with id and sample, and their pictures: the last test of a run, or a file of scores."""
+    """(records, pictures): of the last test of a run, or of a file of scores."""
     path = Path(path)
     if path.is_file():
         records = read_jsonl(path)
-        return records, [Path(r["path"]) for r in records]
-    hacking.read_run(path)  # says what is wrong
+        return records, [Path(record["path"]) for record in records]
+    hacking.read_run(path)  # exits with the reason if it is no run
     records = read_jsonl(sorted((path / "tests").glob("step_*.jsonl"))[-1])
-    return records, hacking.cut_sheet(path / "tests" / "last.png", len(records))
+    return records, cut_sheet(path / "tests" / "last.png", len(records))
 
 
 def seed_of(path):
@@ -302,99 +275,80 @@ def seed_of(path):
 
 
 def compare(a, b, output):
-    """B minus A, picture by picture: a table with 95 % intervals, and a page of pictures. Runs of one seed are
-    tested with the same noise; of two seeds, only the prompts are the same, and the intervals are wider."""
+    """B minus A, picture by picture: a table with 95 % intervals, and a page of pictures. Runs of
+    one seed were tested with the same random numbers; of two seeds only the prompts are the same,
+    and the intervals are wider."""
     (first, pictures_a), (second, pictures_b) = read_scored(a), read_scored(b)
-    place = {(r["id"], r["sample"]): i for i, r in enumerate(first)}
+    place = {(record["id"], record["sample"]): i for i, record in enumerate(first)}
     couples = [(place.get((r["id"], r["sample"])), j) for j, r in enumerate(second)]
     couples = [(i, j) for i, j in couples if i is not None]
     if not couples or any(first[i]["prompt"] != second[j]["prompt"] for i, j in couples):
-        usage_error(
-            f"--compare: {a} and {b} have no pictures of the same prompts and samples in common"
-        )
-    names = [
-        name for name, value in first[0].items() if isinstance(value, float) and name in second[0]
-    ]
-    table = []
-    for name in names:
-        known = [(i, j) for i, j in couples if math.isfinite(first[i][name] + second[j][name])]
-        gains = [second[j][name] - first[i][name] for i, j in known]
-        if gains:
-            low, high = report.bootstrap(
-                lambda pick: report.mean(gains[k] for k in pick),
-                [first[i]["prompt"] for i, _ in known],
-                draws=400,
-            )
-            table.append(
-                {
-                    "measured": name,
-                    "A": report.mean(first[i][name] for i, _ in known),
-                    "B": report.mean(second[j][name] for _, j in known),
-                    "B - A": report.mean(gains),
-                    "95 %": f"{low:+.3f} to {high:+.3f}",
-                    "n": len(gains),
-                }
-            )
+        usage_error(f"--compare: {a} and {b} have no pictures of the same prompts and samples")
+    names = [n for n, value in first[0].items() if isinstance(value, float) and n in second[0]]
+    table = [row for name in names if (row := difference(name, first, second, couples))]
     key = "gold" if "gold" in names else names[0]
-    shown = sorted(couples, key=lambda ij: -abs(second[ij[1]][key] - first[ij[0]][key]))[:48]
+    couples.sort(key=lambda ij: -abs(second[ij[1]][key] - first[ij[0]][key]))
 
-    def view(picture):
+    def opened(picture):
         return open_picture(picture) if isinstance(picture, Path) else picture or ""
 
-    gallery = [
-        {
-            "A": view(pictures_a[i]),
-            "B": view(pictures_b[j]),
-            "prompt": first[i]["prompt"],
-            f"{key} A": first[i][key],
-            f"{key} B": second[j][key],
-        }
-        for i, j in shown
-    ]
-    body = (
-        f"<p>A: {html.escape(str(a))}<br>B: {html.escape(str(b))}</p>"
-        + report.table(table)
-        + f"<h2>Side by side, the largest changes of {html.escape(key)} first</h2>"
-        + report.table(gallery)
-    )
+    gallery = []
+    for i, j in couples[:48]:
+        row = {"A": opened(pictures_a[i]), "B": opened(pictures_b[j]), "prompt": first[i]["prompt"]}
+        gallery.append(row | {f"{key} A": first[i][key], f"{key} B": second[j][key]})
+    names = Markup("<p>A: {}<br>B: {}</p>").format(a, b)
+    changes = f"Side by side, the largest changes of {key} first"
+    body = names + pages.table(table) + pages.sections({changes: gallery})
     with atomic(output) as file:
-        file.write(report.page("Two runs, picture by picture", body))
+        file.write(pages.page("Two runs, picture by picture", body))
     return table
+
+
+def difference(name, first, second, couples):
+    """The row of one score, or None if no picture has it in both."""
+    known = [(i, j) for i, j in couples if math.isfinite(first[i][name] + second[j][name])]
+    if not known:
+        return None
+    gains = [second[j][name] - first[i][name] for i, j in known]
+    prompts = [first[i]["prompt"] for i, _ in known]
+    low, high = bootstrap(lambda pick: mean(gains[k] for k in pick), prompts, draws=400)
+    row = {"measured": name, "A": mean(first[i][name] for i, _ in known)}
+    row |= {"B": mean(second[j][name] for _, j in known), "B - A": mean(gains)}
+    return row | {"95 %": f"{low:+.3f} to {high:+.3f}", "n": len(gains)}
+
+
+def evaluate_runs(cfg):
+    runs = [Path(run) for run in cfg.runs if (Path(run) / "config.json").is_file()]
+    if not cfg.runs:
+        tests = sorted(Path("runs").glob("*/test.jsonl"), key=lambda path: path.stat().st_mtime)
+        runs = [path.parent for path in tests[-1:]]
+    if not runs:
+        where = ", ".join(cfg.runs) or "runs/"
+        usage_error(f"no runs in {where}; make one: torchrun grpo.py --rewards hps,artifact")
+    for run in runs:
+        print(report_page(run))
+    print(markdown(hacking.seeds_table(runs)))
+    if cfg.figure:
+        hacking_figure(runs, cfg.figure)
 
 
 def main(cfg):
     if bool(cfg.images) != bool(cfg.prompts):
-        usage_error("--images and --prompts go together: pictures, and what they were to show")
+        usage_error("--images and --prompts go together: pictures, and their prompts")
     if cfg.images:
-        return evaluate_folder(cfg)
-    if cfg.pairs:
-        return print("\n".join(report.markdown(pair_table(load_rewards(cfg), cfg.pairs))))
-    if cfg.summarize:
-        sys.exit(3 if summary(cfg.summarize) else 0)
-    if cfg.compare:
+        evaluate_folder(cfg)
+    elif cfg.pairs:
+        print(markdown(pair_table(load_rewards(cfg), cfg.pairs)))
+    elif cfg.summarize:
+        sys.exit(3 if print_summary(cfg.summarize) else 0)
+    elif cfg.compare:
         output = Path(cfg.output or "compare.html")
         if seed_of(cfg.compare[0]) != seed_of(cfg.compare[1]):
-            print(
-                "the two runs have different seeds: the same prompts, but not the same noise",
-                file=sys.stderr,
-            )
-        print("\n".join(report.markdown(compare(*cfg.compare, output))))
-        return print(f"the pictures, side by side: {output}")
-    runs = [Path(run) for run in cfg.runs if (Path(run) / "config.json").is_file()]
-    if not cfg.runs:
-        newest = sorted(Path("runs").glob("*/test.jsonl"), key=lambda path: path.stat().st_mtime)[
-            -1:
-        ]
-        runs = [path.parent for path in newest]
-    if not runs:
-        usage_error(
-            f"no runs in {', '.join(cfg.runs) or 'runs/'}; make one with torchrun grpo.py --rewards hps,artifact"
-        )
-    for run in runs:
-        print(hacking.report_page(run))
-    print("\n".join(report.markdown(hacking.seeds_table(runs))))
-    if cfg.figure:
-        hacking.hacking_figure(runs, cfg.figure)
+            print("the runs have different seeds: the same prompts, other noise", file=sys.stderr)
+        print(markdown(compare(*cfg.compare, output)))
+        print(f"the pictures, side by side: {output}")
+    else:
+        evaluate_runs(cfg)
 
 
 if __name__ == "__main__":

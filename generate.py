@@ -15,13 +15,13 @@ arXiv:2505.00703) with the text head. The thought is then appended to the prompt
 Run:   python generate.py "a red circle left of a blue square"
        python generate.py --prompts tiny_world/prompts/test.jsonl --num-images 4
        python generate.py --model deepseek-community/Janus-Pro-1B "a corgi reading a newspaper"
-       python generate.py --model Qwen/Qwen-Image --prompts prompts/test.jsonl --output-dir refs
+       python generate.py --model Qwen/Qwen-Image --prompts FILE --output-dir FOLDER
 
 You should see:  the thought for each picture, and outputs/00000/samples/0000.png (GenEval's layout)
 with one line for each picture in outputs/manifest.jsonl.
 
-Left out: image understanding (Janus' other half), beam search, top-k (the policy would sample from
-another distribution than the one it is scored on).   Read next: rewards.py
+Left out: image understanding (Janus' other half), top-k (sampling would follow another distribution
+than scoring).   Read next: rewards.py
 """
 
 import hashlib
@@ -102,8 +102,8 @@ def default_cfg_weight(policy):
 
 
 def causal_mask(mask_NL):
-    """(N, 1, L, L) bool: each token attends to the real tokens up to itself. Padding attends to
-    itself, because a softmax over nothing is NaN."""
+    """(N, 1, L, L) bool: each token attends to the real tokens up to itself, and padding to itself
+    (a softmax over nothing is NaN)."""
     L = mask_NL.shape[1]
     past = torch.ones(L, L, dtype=torch.bool, device=mask_NL.device).tril()
     itself = torch.eye(L, dtype=torch.bool, device=mask_NL.device)
@@ -189,6 +189,18 @@ class KeyValueCache:
         return [kept[:, :, : self.end] for kept in self.layers[layer]]
 
 
+def forward(policy, x, attention_mask, positions, cache=None):
+    """Embeddings (rows, n, D) -> the language model's last hidden states (rows, n, D)."""
+    out = policy.language_model(
+        inputs_embeds=x.to(policy.dtype),  # or the cache would be made for float32
+        attention_mask=attention_mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    )
+    return out.last_hidden_state
+
+
 def sample_tokens(policy, ids, mask, uniform, embed, head, eos=None):
     """The sampling loop of both heads: read the context once, then one token at a time.
 
@@ -198,19 +210,9 @@ def sample_tokens(policy, ids, mask, uniform, embed, head, eos=None):
     (rows, L), (N, n), device = ids.shape, uniform.shape, ids.device
     pad = policy.tokenizer.pad_token_id
     cache = KeyValueCache(L, n, device)
+    read = lambda x, visible, position: forward(policy, x, visible, position, cache)[:, -1]
+
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-
-    def read(x, attention_mask, position):
-        # In policy.dtype, or the cache would be made for float32.
-        out = policy.language_model(
-            inputs_embeds=x.to(policy.dtype),
-            attention_mask=attention_mask,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return out.last_hidden_state[:, -1]
-
     hidden = read(policy.embed_text(ids), causal_mask(mask), positions)
     position = positions[:, -1:]
     visible = torch.full((rows, 1, 1, L + n), -torch.inf, dtype=policy.dtype, device=device)
@@ -232,7 +234,7 @@ def sample_tokens(policy, ids, mask, uniform, embed, head, eos=None):
         if t == n - 1 or (eos is not None and ended.all()):
             break
         cache.at = torch.tensor([L + t], device=device)
-        cache.end = L + 8 * (t // 8 + 1)  # a multiple of 8, so that few different shapes occur
+        cache.end = L + 8 * (t // 8 + 1)  # in steps of 8: few different shapes
         visible[..., L + t] = 0.0
         hidden = read(embed(token), visible[..., : cache.end], position + t + 1)
     return torch.stack(tokens, 1)
@@ -259,8 +261,8 @@ def think_and_draw(policy, keys, prompts, uniform, cot, cfg_weight, max_thought)
             ids, mask = thought_context(policy, prompts)
             embed = lambda token: policy.embed_text(token[:, None])
             lm_head = policy.model.lm_head
-            uniform_thought = uniform[:, :max_thought]
-            thought_ids = sample_tokens(policy, ids, mask, uniform_thought, embed, lm_head, eos)
+            u = uniform[:, :max_thought]
+            thought_ids = sample_tokens(policy, ids, mask, u, embed, lm_head, eos)
         # Everything up to and including the first end of sentence was sampled; padding was not.
         ended = (thought_ids == eos).long()
         thought_mask = ended.cumsum(1) - ended == 0
@@ -271,8 +273,8 @@ def think_and_draw(policy, keys, prompts, uniform, cot, cfg_weight, max_thought)
         ids, mask = image_context(policy, prompts, thoughts)
         image_ids = sample_image(policy, ids, mask, uniform[:, max_thought:], cfg_weight)
         images = to_images(policy, image_ids)
-    texts = (list(keys), list(prompts), thoughts)
-    return Rollouts(*texts, thought_ids, thought_mask, image_ids, images)
+    tensors = (thought_ids, thought_mask, image_ids)
+    return Rollouts(list(keys), list(prompts), thoughts, *tensors, images)
 
 
 def sample_image(policy, ids, mask, uniform, cfg_weight):
@@ -316,20 +318,14 @@ def gather_logprobs(logits_NTV, ids_NT):
 
 def teacher_forced_hidden(policy, context, mask, continuation, continuation_mask=None):
     """Teacher forcing: feed all n tokens of the continuation at once. Returns the hidden states
-    (N, n, D) from which each of them was sampled; the last one predicts nothing and is not fed."""
+    (N, n, D) from which each of them was sampled; the last token is not fed."""
     n = continuation.shape[1]
     x = torch.cat([context, continuation[:, :-1]], 1)
     if continuation_mask is None:
         continuation_mask = torch.ones(continuation.shape[:2], dtype=torch.bool, device=x.device)
     mask = torch.cat([mask, continuation_mask[:, :-1]], 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = policy.language_model(
-        inputs_embeds=x.to(policy.dtype),
-        attention_mask=causal_mask(mask),
-        position_ids=positions,
-        use_cache=False,
-    )
-    return out.last_hidden_state[:, -n:]
+    return forward(policy, x, causal_mask(mask), positions)[:, -n:]
 
 
 def logprobs(policy, rollouts, cfg_weight=1.0):
@@ -363,9 +359,8 @@ def token_logprobs(policy, rollouts, cfg_weight):
 
 
 def pipeline_sampler(name_or_path, device, dtype, cfg_weight):
-    """sample_batch of a text-to-image pipeline of diffusers, or None if this is none. Such models
-    draw reference pictures (adversarial_reward.py). Only diffusers' own classes are loaded, from
-    safetensors; no remote code."""
+    """sample_batch of a diffusers pipeline, or None if this is none. Such models draw reference
+    pictures (adversarial_reward.py). No remote code: only diffusers' own classes are loaded."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -390,8 +385,7 @@ def policy_sampler(cfg, device, dtype):
     """sample_batch of a Janus, (prompts, keys) -> (images, thoughts), and its guidance weight."""
     policy = load_policy(cfg.model, "cpu", dtype)
     policy.model.requires_grad_(False)  # nothing is trained, so all matrices may be cast
-    policy = cast_frozen_weights(policy)
-    policy.model.to(device)
+    cast_frozen_weights(policy).model.to(device)
     policy.cuda_graph = cfg.cuda_graph
     weight = default_cfg_weight(policy) if cfg.cfg_weight is None else cfg.cfg_weight
 

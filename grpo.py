@@ -398,14 +398,12 @@ def main(cfg):
     rows, test_rows = checks.check_flags(cfg, len(weights), checks.num_processes(cfg))
     if cfg.dry_run:
         return print_plan(cfg, checks.num_processes(cfg))
-    folder, checkpoint, lock = run_folder.open_run(cfg)
+    folder, checkpoint, _lock = run_folder.open_run(cfg)  # the lock lives as long as its name
 
     policy, reference = load_policies(cfg, checkpoint)
     rewards = load_rewards(cfg, weights, heldout, rows)
     # No weight decay: the KL penalty already pulls towards the reference policy.
-    optimizer = torch.optim.AdamW(
-        trainable(policy), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0
-    )
+    optimizer = torch.optim.AdamW(trainable(policy), cfg.learning_rate, (0.9, 0.99), weight_decay=0)
     run = run_folder.Run(folder, policy, rewards, optimizer, cfg.save_total_limit)
     run.load(checkpoint)  # the optimizer and the counters, if there is a checkpoint
     log, stop = Log(cfg, folder, run.step, weights, heldout), stopping.StopSignal()
@@ -426,16 +424,13 @@ def main(cfg):
             policy, reference, rewards, optimizer, rollouts, rows, step, cfg, log.clock
         )
         metrics, records = log.step(step, metrics, policy, rows, rollouts, scores)
-        if cfg.combine == "constrained":
-            rewards.multipliers = reward_lib.update_multipliers(
-                rewards.multipliers, records, cfg.floor
-            )
+        rewards.update_multipliers(records, cfg.combine, cfg.floor)
         run.finish_step(metrics["skipped"])
-        if run.step % cfg.eval_steps == 0 or run.step == cfg.max_steps:
+        if run.is_due(cfg.eval_steps, cfg.max_steps):
             log.rollout_pictures(step, rollouts.images)
             test()
         reason = stopping.what_is_wrong(metrics, run.skipped, rewards.train, cfg.max_failures)
-        if reason or run.step % cfg.save_steps == 0 or run.step == cfg.max_steps:
+        if reason or run.is_due(cfg.save_steps, cfg.max_steps):
             run.save()
         if reason:
             stopping.give_up(reason, 3)

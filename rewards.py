@@ -184,6 +184,13 @@ class Rewards:
         # combine=constrained: the weight of each training reward but the first
         self.multipliers = {name: 1.0 for name in list(weights)[1:]}
 
+    def update_multipliers(self, records, how, floor, rate=0.1):
+        """combine=constrained: one step of dual ascent on the scores of a step,
+        lambda_k <- [lambda_k + rate (floor - mean r_k)]_+."""
+        for name, value in self.multipliers.items() if how == "constrained" else ():
+            mean = float(torch.tensor([record[name] for record in records]).nanmean())
+            self.multipliers[name] = max(0.0, value + rate * (floor - mean))
+
 
 def refuse_learners(names):
     """A reward that learns cannot score pictures alone."""
@@ -262,8 +269,8 @@ def combine(scores, weights, group_size, how="sum", multipliers=None):
     mean, min    of the z_k: ensembles (Coste et al., arXiv:2310.02743: mean and worst case). They
     uwo          mean - 0.5 variance.  use r; we use z, because our rewards differ in scale.
     pareto       sum, over rollouts that are not dominated (Parrot, arXiv:2401.05675).
-    constrained  r_1 + sum_{k>1} lambda_k r_k; `update_multipliers` sets lambda so that each further
-                 reward stays above its floor (arXiv:2310.04373)."""
+    constrained  r_1 + sum_{k>1} lambda_k r_k; Rewards.update_multipliers sets lambda so that each
+                 further reward stays above its floor (arXiv:2310.04373)."""
     names = list(weights)
     values = torch.stack([scores[name] for name in names], 1)  # (N, K)
     weight = torch.tensor([weights[name] for name in names])
@@ -283,15 +290,6 @@ def combine(scores, weights, group_size, how="sum", multipliers=None):
     if how == "mean":
         return z.mean(1)
     return z.mean(1) - 0.5 * z.var(1, correction=0)  # uwo
-
-
-def update_multipliers(multipliers, records, floor, rate=0.1):
-    """One step of dual ascent: lambda_k <- [lambda_k + rate (floor - mean r_k)]_+."""
-    new = {}
-    for name, value in multipliers.items():
-        mean = float(torch.tensor([record[name] for record in records]).nanmean())
-        new[name] = max(0.0, value + rate * (floor - mean))
-    return new
 
 
 # --- command line -------------------------------------------------------------------------------

@@ -147,6 +147,10 @@ class Run:
         self.step += 1
         self.skipped = (self.skipped + 1) * skipped
 
+    def is_due(self, every, last):
+        """Is it time for what happens every so many steps, and after the last one?"""
+        return self.step % every == 0 or self.step == last
+
     def load(self, checkpoint):
         """Restore what `save` wrote; load_policies has read the weights already."""
         if checkpoint is None:
