@@ -1,101 +1,73 @@
-"""WISE: does the picture show what the prompt implies? Asked of a vision-language model.
+"""WISE: a vision-language model judges whether a picture shows what its prompt implies.
 
 A prompt of WISE (arXiv:2503.07265) says "the animal that is the symbol of Australia" and means a
-kangaroo; its explanation says so to the judge. Two protocols exist, and their numbers are not comparable:
+kangaroo; its explanation tells the judge so. There are two protocols, not comparable:
 
     legacy     consistency, realism, aesthetics, each 0, 1 or 2:  (.7 c + .2 r + .1 a) / 2
-    verified   about 200 prompts changed; one verdict, 0 or 1
+    verified   about 200 prompts changed; one score, 0 or 1
 
-An answer that cannot be read is asked for again, twice, and is then listed as failed: it is in no mean.
-(The code released with ArtifactReward counts it as 0, at temperature .7.) The instructions here are our
-wording of the published criteria, so expect small differences from scores of the official script; the
-score file has the official format, and its Calculate.py reads it.
+If an answer cannot be parsed, we ask again, at most three times in all; then the picture has failed
+and enters no mean. (The code released with ArtifactReward counts it as 0, at temperature .7.) The
+instructions, wise_legacy.txt and wise_verified.txt, are our wording of the published criteria:
+expect small differences from the official scores. Calculate.py of WISE can read our score file.
 
-Run:   python evaluate.py --wise verified --images outputs --prompts cultural_common_sense.json \\
-           --judge-url http://127.0.0.1:8000/v1
-
-Read next: layouts.py (the table)
+Read next: best_arm.py
 """
 
 import math
 import re
+from pathlib import Path
 
 from tqdm import tqdm
 
-from artifact_reward import picture_part
-
-CRITERIA = {
-    "legacy": {
-        "consistency": "does it show what the prompt asks for, in the sense that the explanation gives? "
-        "0: a key element is missing or contradicted; 1: in part; 2: completely",
-        "realism": "could it be real: materials, light, proportions, physics? 0: plainly impossible or "
-        "artificial; 1: small inconsistencies; 2: like a photograph",
-        "aesthetic_quality": "composition, colour, appeal. 0: poor; 1: acceptable; 2: outstanding",
-    },
-    "verified": {
-        "score": "does the picture show what the prompt asks for, in the sense that the explanation gives? "
-        "0: something required is missing or wrong; 1: everything required is there and right"
-    },
-}
+from evaluation.official_scores import HIGHEST, WEIGHTS
+from training.pictures import open_picture
 
 
 def instruction(protocol, prompt, explanation):
-    asked = "\n".join(
-        f"{name.replace('_', ' ').capitalize()}: {text}."
-        for name, text in CRITERIA[protocol].items()
-    )
-    return (
-        f"Judge strictly whether a generated picture meets these criteria; when in doubt, give the lower value.\n"
-        f"{asked}\n\nPrompt: {prompt}\nExplanation: {explanation}\n\n"
-        "Answer with one line for each criterion, its name, a colon and the number, and nothing else."
-    )
+    """The text that the judge gets with the picture."""
+    text = Path(__file__).with_name(f"wise_{protocol}.txt").read_text(encoding="utf-8")
+    return text.strip().format(prompt=prompt, explanation=explanation)
 
 
 def read_scores(text, protocol):
-    """The numbers of an answer: dict name -> int, or None if one is missing, out of range or said twice.
+    """The scores in an answer: dict name -> int, or None.
+
+    None if one is missing, out of range, or given twice with different values.
 
     >>> read_scores("Consistency: 2\\n**Realism**: 1\\nAesthetic Quality: 0", "legacy")
     {'consistency': 2, 'realism': 1, 'aesthetic_quality': 0}
     >>> read_scores("Score: 10", "verified") is read_scores("I cannot say.", "verified") is None
     True"""
-    scores, highest = {}, 2 if protocol == "legacy" else 1
-    for name in CRITERIA[protocol]:
-        found = re.findall(
-            rf"\b{name.replace('_', '[ _]')}\**\s*:\s*\**\s*(-?\d+(?:\.\d+)?)", text, re.IGNORECASE
-        )
-        if len(set(found)) != 1 or not found[0].isdigit() or not int(found[0]) <= highest:
+    scores, highest = {}, HIGHEST[f"WISE {protocol}"]
+    for name in WEIGHTS[f"WISE {protocol}"]:
+        pattern = rf"\b{name.replace('_', '[ _]')}\**\s*:\s*\**\s*(-?\d+(?:\.\d+)?)"
+        found = re.findall(pattern, text, re.IGNORECASE)
+        if len(set(found)) != 1 or not found[0].isdigit() or int(found[0]) > highest:
             return None
         scores[name] = int(found[0])
     return scores
 
 
-def judge_one(judge, protocol, row, image, attempts=3):
-    """(scores or None, what was said last)."""
-    text = instruction(protocol, row["prompt"], row.get("Explanation", ""))
-    for attempt in range(attempts):
-        said = judge.write([{"type": "text", "text": text}, picture_part(image)], seed=attempt)
-        scores = read_scores(said, protocol)
-        if scores:
-            return scores, said
-    return None, said
+def judge_folder(judge, protocol, matched, attempts=3):
+    """The score records of a folder in the official format, for the first picture of each prompt.
 
+    judge: has write(text, images, seed) and pool, a thread pool. matched: [(row, k, path)] from
+    layouts.find_images. The scores of a failed picture are NaN."""
 
-def judge_folder(judge, protocol, matched, open_picture):
-    """Score records in the official format, one a prompt (its first picture); failed ones have null scores."""
+    def record_of(first):
+        row, path = first
+        image, scores, answer = open_picture(path), None, "no readable picture"
+        text = instruction(protocol, row["prompt"], row.get("Explanation", ""))
+        for attempt in range(attempts if image else 0):
+            answer = judge.write(text, [image], seed=attempt)
+            scores = read_scores(answer, protocol)
+            if scores:
+                break
+        scores = scores or dict.fromkeys(WEIGHTS[f"WISE {protocol}"], math.nan)
+        ids = {"prompt_id": int(row["id"]), "Subcategory": row["tag"]}
+        return {**ids, **scores, "evaluation": answer}
+
     firsts = [(row, path) for row, k, path in matched if k == 0]
-
-    def one(entry):
-        row, path = entry
-        image = open_picture(path)
-        scores, said = (
-            judge_one(judge, protocol, row, image) if image else (None, "no readable picture")
-        )
-        scores = scores or dict.fromkeys(CRITERIA[protocol], math.nan)
-        return {
-            "prompt_id": int(row["id"]),
-            "Subcategory": row["tag"],
-            **scores,
-            "evaluation": said,
-        }
-
-    return list(tqdm(judge.pool.map(one, firsts), total=len(firsts), desc=f"WISE, {protocol}"))
+    records = judge.pool.map(record_of, firsts)
+    return list(tqdm(records, total=len(firsts), desc=f"WISE, {protocol}"))

@@ -1,17 +1,15 @@
-"""Rewards that live elsewhere: on another machine, or in an environment of their own.
+"""Rewards over HTTP: on another machine, or in an environment of their own.
 
-A reward is a function from prompts and pictures to numbers, so it can be asked over HTTP: PNGs in, numbers out,
-null for a picture that could not be scored. Some have to be: DeQA needs a transformers of 2023, and a judge of 7 B
-parameters does not fit beside a policy in training. Whoever asks does not notice the difference:
+A reward maps prompts and pictures to numbers, so a server can compute it: PNGs in, numbers out,
+null for a picture without a score. DeQA needs this, because its code needs transformers of 2023. A
+large judge needs it if it does not fit beside the policy. The caller sees no difference:
 
     python rewards.py serve hps --port 8100
     torchrun grpo.py --rewards hps@http://127.0.0.1:8100,artifact
 
-This file imports nothing that an old environment would not have.   Read next: rewards.py
+Imports only what an environment of 2023 has.   Read next: deqa_server.py
 """
 
-import base64
-import io
 import json
 import math
 import threading
@@ -21,27 +19,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import requests
 import torch
-from PIL import Image
 
+from reward_models.pixels import data_url, from_data_url, in_batches
 from training.files import usage_error
 
-# --- the one who asks -----------------------------------------------------------------------------
+PROBLEMS = (requests.RequestException, ValueError, KeyError, TypeError)  # of a request or its reply
 
 
-def data_url(image):
-    """A picture as text. PNG, not JPEG: its blocks and ringing are artifacts, and a judge would be right to say so."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def from_data_url(url):
-    """Raises ValueError or OSError for what is no picture."""
-    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
-
-
-class Elsewhere:
-    """A reward that is served at `url`, under the contract of rewards.py. One time-out, a few tries, then NaN."""
+class RemoteReward:
+    """A reward that is served at `url`. A failed request is repeated; in the end it gives NaN."""
 
     needs = ("network",)
     checkpoint = None
@@ -52,49 +38,65 @@ class Elsewhere:
         try:
             about = requests.get(f"{url}/about", timeout=10).json()
             self.range, self.reference = tuple(about["range"]), about["reference"]
-        except (requests.RequestException, ValueError, KeyError, TypeError) as problem:
+            served = about["name"]
+        except PROBLEMS as problem:
             usage_error(
                 f"no reward answers at {url} ({type(problem).__name__}); start it there with "
                 f"`python rewards.py serve {name} --port {url.rpartition(':')[2]}`"
             )
-        if about["name"] != name:
-            usage_error(
-                f"{name}@{url}: {about['name']!r} is served there; name that, or another address"
-            )
+        if served != name:
+            usage_error(f"{name}@{url}: serves {served!r}; name that, or give another address")
 
     def __call__(self, prompts, images, metadata=None):
         scores, metadata = [], list(metadata or [{}] * len(images))
         for i in range(0, len(images), 16):
-            scores += self.ask(list(prompts[i : i + 16]), images[i : i + 16], metadata[i : i + 16])
+            batch = slice(i, i + 16)
+            scores += self.request(list(prompts[batch]), images[batch], metadata[batch])
         return torch.tensor([math.nan if value is None else value for value in scores])
 
-    def ask(self, prompts, images, metadata):
-        body = {
-            "prompts": prompts,
-            "metadata": metadata,
-            "images": [data_url(image) for image in images],
-        }
+    def request(self, prompts, images, metadata):
+        """The scores of a batch, a list: numbers, None or NaN."""
+        pictures = [data_url(image) for image in images]
+        body = {"prompts": prompts, "metadata": metadata, "images": pictures}
         for attempt in range(self.tries):
             try:
                 reply = requests.post(f"{self.url}/score", json=body, timeout=self.timeout)
                 scores = reply.json()["scores"] if reply.ok else []
                 if len(scores) == len(images):
                     return scores
-                problem = f"{reply.status_code}, {len(scores)} scores for {len(images)} pictures: {reply.text[:200]}"
-            except (requests.RequestException, ValueError, KeyError, TypeError) as raised:
+                problem = f"{reply.status_code}, {len(scores)} scores for {len(images)} pictures"
+                problem = f"{problem}: {reply.text[:200]}"
+            except PROBLEMS as raised:
                 problem = f"{type(raised).__name__}: {str(raised)[:200]}"
             time.sleep(0.5 * 2**attempt)
         self.failures[problem] += len(images)
         return [math.nan] * len(images)
 
 
-# --- the one who answers --------------------------------------------------------------------------
+class DeQA:
+    """DeQA-Score (arXiv:2501.11561) rates photographs. It runs only where its code is installed."""
+
+    range = (1.0, 5.0)
+    needs = ("server",)
+    checkpoint = "zhiyuanyou/DeQA-Score-Mix3"
+    reference = "DeQA-Score, arXiv:2501.11561"
+    how = "see the first lines of reward_models/deqa_server.py; then deqa@http://127.0.0.1:8101"
+
+    def __init__(self, device="cpu", checkpoint=None):
+        try:
+            from src import Scorer  # the package of its repository really has this name
+        except ImportError as problem:
+            usage_error(f"deqa runs in an environment of its own ({problem}): {self.how}")
+        self.scorer = Scorer(pretrained=checkpoint or self.checkpoint, device=device)
+
+    def __call__(self, prompts, images, metadata=None):
+        return in_batches(lambda _, batch: self.scorer(batch).float(), 8, prompts, images)
 
 
-class Served(BaseHTTPRequestHandler):
-    """The other end of Elsewhere. `reward` and `name` are set by `serve`."""
+class ServedReward(BaseHTTPRequestHandler):
+    """Answers the requests of RemoteReward. `serve` sets `reward` and `name`."""
 
-    reward, name, lock, largest = None, "", threading.Lock(), 2**28
+    reward, name, lock, max_bytes = None, "", threading.Lock(), 2**28
 
     def log_message(self, *_):
         pass
@@ -107,22 +109,17 @@ class Served(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        bounds = [
-            value if math.isfinite(value) else 1e9 * (1 if value > 0 else -1)
-            for value in self.reward.range
-        ]
+        bounds = [max(-1e9, min(1e9, value)) for value in self.reward.range]  # JSON has no infinity
         self.reply(200, {"name": self.name, "range": bounds, "reference": self.reward.reference})
 
     def do_POST(self):
         length = int(self.headers.get("Content-Length", 0))
-        if length > self.largest:
-            return self.reply(
-                413, {"error": f"more than {self.largest} bytes; send fewer pictures"}
-            )
+        if length > self.max_bytes:
+            return self.reply(413, {"error": f"over {self.max_bytes} bytes; send fewer pictures"})
         try:
-            asked = json.loads(self.rfile.read(length))
-            images = [from_data_url(url) for url in asked["images"]]
-            prompts, metadata = asked["prompts"], asked["metadata"]
+            request = json.loads(self.rfile.read(length))
+            images = [from_data_url(url) for url in request["images"]]
+            prompts, metadata = request["prompts"], request["metadata"]
             if not len(prompts) == len(images) == len(metadata):
                 raise ValueError("prompts, images and metadata differ in number")
         except (ValueError, KeyError, TypeError, OSError) as problem:
@@ -134,5 +131,5 @@ class Served(BaseHTTPRequestHandler):
 
 def serve(name, reward, port, host="127.0.0.1"):
     """A server for one reward; .serve_forever() runs it, .server_port is its port."""
-    handler = type("ServedReward", (Served,), {"reward": reward, "name": name})
+    handler = type("Handler", (ServedReward,), {"reward": reward, "name": name})
     return ThreadingHTTPServer((host, port), handler)

@@ -1,13 +1,12 @@
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts are flat files, not a package
-
 import generate
+import grpo
 import rewards
+from training import checks
+from training.files import ROOT
+from training.prompts import load_prompts
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,7 +21,7 @@ def policy():
 
 @pytest.fixture(scope="session")
 def test_prompts():
-    return generate.load_prompts(generate.HERE / "tiny_world/prompts/test.jsonl")
+    return load_prompts(ROOT / "tiny_world/prompts/test.jsonl")
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +32,16 @@ def hps():
 @pytest.fixture(scope="session")
 def artifact():
     return rewards.load("artifact", checkpoint="tiny")
+
+
+@pytest.fixture
+def config():
+    """Flags of a small run, with the presets filled in."""
+
+    def make(**changes):
+        small = {"rewards": "hps", "num_generations": 4, "prompts_per_step": 2, "max_thought": 40}
+        cfg = grpo.Config(**small | {"device": "cpu"} | changes)
+        checks.fill_presets(cfg)
+        return cfg
+
+    return make

@@ -1,0 +1,88 @@
+"""Rewards without a model: the size of the JPEG, and four statistics that hacked pictures change.
+
+A policy hacks the JPEG size within minutes. The four statistics are only logged, never trained on:
+hacked pictures often get brighter, more saturated, busier or emptier.   Read next: maniqa.py
+"""
+
+import io
+import math
+
+import numpy as np
+import torch
+
+
+class Jpeg:
+    """Minus the kilobytes of the JPEG: DDPO's "compressibility" (arXiv:2305.13301).
+
+    Training on it shows reward hacking in its pure form."""
+
+    range = (-math.inf, 0.0)
+    needs = ()
+    checkpoint = None
+    reference = "DDPO, arXiv:2305.13301"
+
+    def __init__(self, device="cpu", checkpoint=None):
+        pass
+
+    def __call__(self, prompts, images, metadata=None):
+        return torch.tensor([-self.kilobytes(image) for image in images])
+
+    def kilobytes(self, image):
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "JPEG", quality=95)
+        return len(buffer.getvalue()) / 1000
+
+
+class Statistic:
+    """Base of the four statistics. `measure` gives a number in [0, 1] for one picture."""
+
+    range = (0.0, 1.0)
+    needs = ()
+    checkpoint = None
+    reference = "hacked pictures look alike"
+    heldout_only = True
+
+    def __init__(self, device="cpu", checkpoint=None):
+        pass
+
+    def __call__(self, prompts, images, metadata=None):
+        return torch.tensor([float(self.measure(image)) for image in images])
+
+
+class Brightness(Statistic):
+    """Mean of the value channel of HSV."""
+
+    def measure(self, image):
+        return np.asarray(image.convert("HSV"), np.float32)[..., 2].mean() / 255
+
+
+class Saturation(Statistic):
+    """Mean of the saturation channel of HSV. Preference models often like strong colors."""
+
+    def measure(self, image):
+        return np.asarray(image.convert("HSV"), np.float32)[..., 1].mean() / 255
+
+
+class Edges(Statistic):
+    """Mean difference of neighboring pixels in gray: texture, grain, grids."""
+
+    def measure(self, image):
+        gray = np.asarray(image.convert("L"), np.float32) / 255
+        return np.mean([np.abs(np.diff(gray, axis=axis)).mean() for axis in (0, 1)])
+
+
+class Entropy(Statistic):
+    """Entropy of the colors in 4 x 4 x 4 bins, divided by the largest possible one, log 64."""
+
+    def measure(self, image):
+        bins = np.asarray(image.convert("RGB"), np.int64) // 64 @ (16, 4, 1)
+        share = np.bincount(bins.ravel(), minlength=64) / bins.size
+        return -(share[share > 0] * np.log(share[share > 0])).sum() / np.log(64)
+
+
+STATISTICS = dict(brightness=Brightness, saturation=Saturation, edges=Edges, entropy=Entropy)
+
+
+def image_statistics(images):
+    """The four statistics under the names of the log: {"image/brightness": (N,), ...}"""
+    return {f"image/{name}": kind()(None, images) for name, kind in STATISTICS.items()}

@@ -1,0 +1,528 @@
+"""Evaluation: layouts, official scores, WISE, intervals, hacking, figures, pages."""
+
+import base64
+import hashlib
+import json
+import math
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluation import figures, hacking, layouts, official_scores, pages, wise
+from evaluation.tables import bootstrap, markdown
+from training import pictures
+from training.records import json_line, write_jsonl
+
+TEXTS = ["a red circle", "two blue stars", "a cross above a square"]
+
+
+def picture(color=(200, 10, 10), side=8):
+    return Image.new("RGB", (side, side), color)
+
+
+@pytest.fixture
+def rows():
+    return [{"id": str(i), "prompt": text, "tag": ""} for i, text in enumerate(TEXTS)]
+
+
+@pytest.fixture
+def generated(tmp_path):
+    """Four pictures for each of three prompts, as generate.py writes them."""
+    out, entries = tmp_path / "out", []
+    for i, text in enumerate(TEXTS):
+        (out / f"{i:05d}/samples").mkdir(parents=True)
+        (out / f"{i:05d}/metadata.jsonl").write_text(json.dumps({"prompt": text}))
+        for k in range(4):
+            path = f"{i:05d}/samples/{k:04d}.png"
+            picture((60 * i, 60 * k, 0)).save(out / path)
+            entries.append({"path": path, "id": str(i), "prompt": text, "sample": k})
+    write_jsonl(out / "manifest.jsonl", entries)
+    return out
+
+
+# --- layouts. What the official scorers match, restated -------------------------------------------
+
+
+def official(layout, root):
+    """What the official scorer of this layout would read: {file: prompt number}."""
+    if layout == "t2i-compbench":  # BLIP_vqa.py: every file of samples/, in the order of its number
+        number = lambda name: int(name.split("_")[-1].split(".")[0])
+        names = sorted(os.listdir(root / "samples"), key=number)
+        assert list(map(number, names)) == list(range(len(names)))  # 3_in_1.py slices by number
+        return {f"samples/{name}": TEXTS.index(name.split("_")[0]) for name in names}
+    if layout == "wise":  # gpt_eval.py: {image_dir}/{prompt_id}.png
+        return {f"{i}.png": i for i in range(3) if (root / f"{i}.png").exists()}
+    if layout == "dpg":  # compute_dpg_bench.py: every file, its name up to the first dot
+        return {name: int(name.split(".")[0]) for name in os.listdir(root)}
+    assert os.listdir(root) == ["photo"]  # hpsv2.evaluate: only styles, in each {index:05d}.jpg
+    names = [f"photo/{i:05d}.jpg" for i in range(3)]
+    return {name: i for i, name in enumerate(names) if (root / name).exists()}
+
+
+@pytest.mark.parametrize(
+    "layout, n", [("t2i-compbench", 12), ("wise", 3), ("dpg", 3), ("hpdv2", 3)]
+)
+def test_the_official_scorer_finds_every_exported_picture(layout, n, generated, tmp_path):
+    assert layouts.export(generated, layout, tmp_path / layout) == n
+    read = official(layout, tmp_path / layout)
+    assert len(read) == n and set(read.values()) == {0, 1, 2}
+    for name in read:
+        Image.open(tmp_path / layout / name).verify()
+
+
+def test_dpg_tiles_are_cut_where_the_scorer_cuts(generated, tmp_path):
+    layouts.export(generated, "dpg", tmp_path / "dpg")
+    tile = Image.open(tmp_path / "dpg/1.png")
+    boxes = [(0, 0, 8, 8), (8, 0, 16, 8), (0, 8, 8, 16), (8, 8, 16, 16)]
+    assert [tile.crop(box).getpixel((3, 3)) for box in boxes] == [(60, 60 * k, 0) for k in range(4)]
+
+
+def test_dpg_needs_four_pictures_of_a_prompt(generated, tmp_path, capsys):
+    lines = (generated / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (generated / "manifest.jsonl").write_text("".join(lines[:3]))
+    with pytest.raises(SystemExit):
+        layouts.export(generated, "dpg", tmp_path / "dpg")
+    assert "0 has 3, use --num-images 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["geneval", "t2i-compbench", "wise", "dpg", "hpdv2", "released"])
+def test_pictures_are_found_in_every_layout(layout, generated, tmp_path, rows):
+    root = tmp_path / layout
+    if layout == "geneval":
+        root = generated
+    elif layout == "released":
+        root.mkdir()
+        for i, text in enumerate(TEXTS):
+            picture().save(root / f"ID{i}_{text}_0.jpg")
+    else:
+        layouts.export(generated, layout, root)
+    _, matched, missing, extra = layouts.find_images(root, rows)
+    assert {row["prompt"] for row, _, _ in matched} == set(TEXTS) and not missing and not extra
+    assert len(matched) == (12 if layout in ("geneval", "t2i-compbench") else 3)
+    assert {k for _, k, _ in matched} == set(range(len(matched) // 3))
+
+
+def test_pictures_of_other_prompts_are_extra_and_never_matched(generated, rows):
+    rows[1]["prompt"] = "something else"
+    _, matched, missing, extra = layouts.find_images(generated, rows)
+    assert len(matched) == 8 and [r["id"] for r in missing] == ["1"] and len(extra) == 4
+
+
+@pytest.mark.parametrize(
+    "good, bad",
+    [
+        ("0.png", "old/0.png"),  # an id, in the wrong folder
+        ("ID0_a red circle_0.jpg", "ID1_a red circle_0.jpg"),  # another prompt's number
+        ("samples/a red circle_000000.png", "samples/a red circle_1.png"),  # too few digits
+        ("photo/00000.jpg", "photo/00003.jpg"),  # there are three prompts, 0 to 2
+    ],
+)
+def test_a_file_that_only_resembles_the_layout_is_extra(good, bad, tmp_path, rows):
+    for name in (good, bad):
+        (tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture().save(tmp_path / "all" / name)
+    _, matched, _, extra = layouts.find_images(tmp_path / "all", rows)
+    assert matched == [(rows[0], 0, tmp_path / "all" / good)]
+    assert extra == [tmp_path / "all" / bad]
+
+
+def test_no_match_at_all_is_an_error(generated, capsys):
+    with pytest.raises(SystemExit) as stop:
+        layouts.find_images(generated, [{"id": "0", "prompt": "a house"}])
+    assert stop.value.code == 2 and "none of its 12 pictures" in capsys.readouterr().err
+
+
+def test_a_prompt_that_cannot_be_a_file_name_is_refused_before_anything_is_written(
+    generated, tmp_path, capsys
+):
+    manifest = generated / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace(TEXTS[2], "a red/circle"))
+    with pytest.raises(SystemExit):
+        layouts.export(generated, "t2i-compbench", tmp_path / "no")
+    assert "no file name" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+# --- official scores ------------------------------------------------------------------------------
+
+
+def test_geneval_overall_is_the_mean_of_tasks_not_of_pictures(tmp_path):
+    rows = [{"tag": "colors", "correct": c} for c in (True, True, True, False)]
+    write_jsonl(tmp_path / "r.jsonl", [*rows, {"tag": "counting", "correct": False}])
+    benchmark, columns, _ = official_scores.summarize(tmp_path / "r.jsonl")
+    assert benchmark == "GenEval" and columns == {"colors": 0.75, "counting": 0.0, "overall": 0.375}
+
+
+def test_dpg_and_compbench_results_are_read(tmp_path):
+    (tmp_path / "dpg.txt").write_text(
+        "x.png, 1.0, 1.0\nModel: m\nL1 category scores:\n\tentity: 88.0\n\tglobal: 90.5\n"
+        "L2 category scores:\n\tentity - whole: 1.0\nDPG-Bench score: 82.5\n"
+    )
+    _, columns, _ = official_scores.summarize(tmp_path / "dpg.txt")
+    assert columns == {"Entity": 88.0, "Global": 90.5, "overall": 82.5}
+    answers = [{"question_id": 0, "answer": "0.5"}, {"question_id": 1, "answer": "1.0"}]
+    (tmp_path / "vqa_result.json").write_text(json.dumps(answers))
+    assert official_scores.summarize(tmp_path / "vqa_result.json")[1] == {"overall": 0.75}
+
+
+def test_another_file_is_no_result_file(tmp_path, capsys):
+    write_jsonl(tmp_path / "other.jsonl", [{"prompt": "a house"}])
+    with pytest.raises(SystemExit):
+        official_scores.summarize(tmp_path / "other.jsonl")
+    assert "not a result file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("benchmark", ["GenEval", "DPG-Bench", "WISE legacy", "WISE verified"])
+def test_every_published_row_has_an_overall_score(benchmark):
+    published = official_scores.published(benchmark)
+    assert "Janus-Pro-1B" in published and all("overall" in row for row in published.values())
+    assert official_scores.published("T2I-CompBench") == {}
+
+
+def wise_rows(protocol, value):
+    return [
+        {"prompt_id": i, **dict.fromkeys(official_scores.WEIGHTS[protocol], value)}
+        for i in range(1, 1001)
+    ]
+
+
+@pytest.mark.parametrize("protocol, best", [("WISE legacy", 2), ("WISE verified", 1)])
+def test_a_perfect_wise_is_one_and_its_weights_add_up(protocol, best):
+    name, columns, failed = official_scores.wise_table(wise_rows(protocol, best))
+    assert name == protocol and not failed and len(columns) == 7
+    assert columns["overall"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("value", [999, 3, -1, None])
+def test_an_unparsed_wise_answer_is_listed_and_not_counted_as_zero(value):
+    rows = wise_rows("WISE legacy", 2)
+    rows[450] |= {"realism": value}
+    _, columns, failed = official_scores.wise_table(rows)
+    assert failed == [451] and columns["overall"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "protocol, column, first, last, weight",
+    [
+        ("WISE legacy", "Cultural", 1, 400, 0.4),
+        ("WISE legacy", "Time", 401, 567, 0.167),
+        ("WISE legacy", "Space", 568, 700, 0.133),
+        ("WISE legacy", "Physics", 801, 900, 0.1),
+        ("WISE verified", "Time", 401, 520, 0.12),
+        ("WISE verified", "Chemistry", 881, 1000, 0.12),
+    ],
+)
+def test_wiscore_by_hand(protocol, column, first, last, weight):
+    rows, legacy = wise_rows(protocol, 0), protocol == "WISE legacy"
+    scores = {"consistency": 2, "realism": 1, "aesthetic_quality": 0} if legacy else {"score": 1}
+    rows[last - 1] |= scores  # only the last picture of this category scores
+    mean = (0.8 if legacy else 1.0) / (last - first + 1)  # .8 = (1.4 + .2 + 0) / 2
+    _, columns, _ = official_scores.wise_table(rows)
+    assert columns.pop("overall") == pytest.approx(weight * mean)
+    assert columns.pop(column) == pytest.approx(mean) and set(columns.values()) == {0}
+
+
+# --- WISE -----------------------------------------------------------------------------------------
+
+
+class ScriptedJudge:
+    """Gives these answers, one after the other; logs (text, pictures, seed)."""
+
+    def __init__(self, answers):
+        self.answers, self.calls, self.pool = list(answers), [], ThreadPoolExecutor(1)
+
+    def write(self, text, images, seed=0):
+        self.calls.append((text, images, seed))
+        return self.answers.pop(0)
+
+
+def judged(judge, protocol, tmp_path):
+    """The records of two prompts, with two pictures each, of which only the first is judged."""
+    picture().save(tmp_path / "1.png")
+    row = {"prompt": "p", "Explanation": "e", "tag": "t"}
+    matched = [(row | {"id": i}, k, tmp_path / "1.png") for i in "12" for k in (0, 1)]
+    return wise.judge_folder(judge, protocol, matched)
+
+
+def test_an_answer_that_cannot_be_parsed_is_asked_for_again_and_then_given_up(tmp_path):
+    judge = ScriptedJudge(["no idea", "Score: 1", "?", "Score: 7", "refused"])
+    got = judged(judge, "verified", tmp_path)
+    assert got[0] == {"prompt_id": 1, "Subcategory": "t", "score": 1, "evaluation": "Score: 1"}
+    assert math.isnan(got[1]["score"]) and got[1]["evaluation"] == "refused"
+    assert [seed for _, _, seed in judge.calls] == [0, 1, 0, 1, 2]
+    path = tmp_path / "x_scores_results.jsonl"
+    path.write_text("".join(map(json_line, got)))
+    benchmark, columns, failed = official_scores.summarize(path)
+    assert benchmark == "WISE verified" and columns["Cultural"] == 1 and failed == [2]
+
+
+def test_the_judge_sees_the_prompt_its_explanation_and_the_picture(tmp_path):
+    judge = ScriptedJudge(["Score: 1"] * 2)
+    judged(judge, "verified", tmp_path)
+    text, images, _ = judge.calls[0]
+    assert "Prompt: p\nExplanation: e\n" in text and images[0].getpixel((0, 0)) == (200, 10, 10)
+
+
+def test_a_damaged_picture_is_a_failure_and_no_question(tmp_path, capsys):
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG no more")
+    row = {"id": "1", "prompt": "p", "tag": ""}
+    (record,) = wise.judge_folder(ScriptedJudge([]), "verified", [(row, 0, tmp_path / "bad.png")])
+    assert math.isnan(record["score"]) and record["evaluation"] == "no readable picture"
+
+
+def test_the_two_protocols_of_wise_are_never_mixed(tmp_path):
+    judge = ScriptedJudge(["Consistency: 2\nRealism: 1\nAesthetic Quality: 1"] * 2)
+    legacy = judged(judge, "legacy", tmp_path)
+    protocol, columns, _ = official_scores.wise_table(legacy)
+    assert protocol == "WISE legacy" and columns["Cultural"] == pytest.approx(0.85)
+    with pytest.raises(SystemExit):
+        official_scores.wise_table(legacy + [{"prompt_id": 3, "score": 1}])
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says():
+    rng, hits = np.random.default_rng(0), 0
+    prompts = np.arange(40).repeat(4)
+    for trial in range(100):
+        values = rng.normal(size=40).repeat(4)  # four pictures of a prompt, all alike
+        low, high = bootstrap(lambda chosen, v=values: v[chosen].mean(), prompts, 200, trial)
+        hits += low < 0 < high
+    assert 88 <= hits <= 99  # drawing pictures instead of prompts would give about 67
+
+
+def test_a_markdown_table_is_one_text():
+    rows = [{"reward": "hps", "accuracy": 0.5}, {"reward": "artifact", "accuracy": 0.80004}]
+    lines = ["| reward | accuracy |", "|---|---|", "| hps | 0.500 |", "| artifact | 0.800 |"]
+    assert markdown(rows) == "\n".join(lines) and markdown([]) == ""
+
+
+def test_best_of_n_is_the_expectation_over_all_draws():
+    pool = [{"id": "x", "total": t, "gold": g} for t, g in ((3.0, 0.0), (2.0, 1.0), (1.0, 0.5))]
+    value = [hacking.best_of_n(pool, n, lambda r: r["gold"]) for n in (1, 2, 3)]
+    assert value == pytest.approx([0.5, (0 + 0 + 1) / 3, 0.0])  # pairs: {3,2}, {3,1}, {2,1}
+
+
+def test_best_of_n_averages_prompts_and_leaves_out_failures_and_small_groups():
+    totals = {"x": [1.0, 2.0, math.nan], "y": [4.0, 3.0], "z": [9.0]}
+    pool = [{"id": id_, "total": t} for id_, values in totals.items() for t in values]
+    assert hacking.best_of_n(pool, 2, lambda r: r["total"]) == (2 + 4) / 2
+
+
+def test_the_within_prompt_deviation_ignores_how_prompts_differ():
+    scores = {"x": [1.0, 3.0], "y": [101.0, 105.0], "z": [7.0]}  # variances 2 and 8; z has none
+    pool = [{"id": id_, "hps": s} for id_, values in scores.items() for s in values]
+    assert hacking.within_prompt_std(pool, "hps") == pytest.approx(math.sqrt(5))
+
+
+def records(values, name="gold"):
+    return [{"id": str(i), "sample": 0, name: float(v)} for i, v in enumerate(values)]
+
+
+def test_paired_differences_by_hand():
+    """Gains .1, .2 and .3: mean .2, deviation .1, standard error .1 / sqrt 3. Failures are out."""
+    before, after = [0.1, 0.5, 0.9, math.nan, 0.3], [0.2, 0.7, 1.2, 0.4, math.nan, 0.8]
+    gain, error = hacking.paired(records(before), records(after)[::-1], "gold")
+    assert gain == pytest.approx(0.2) and error == pytest.approx(0.1 / math.sqrt(3))
+    assert math.isnan(hacking.paired(records([0.1]), records([0.2]), "gold")[1])
+
+
+def test_pictures_are_paired_by_prompt_and_sample():
+    before = [{"id": "x", "sample": k, "gold": g} for k, g in enumerate((0.0, 0.5))]
+    after = [{"id": "x", "sample": k, "gold": g} for k, g in ((1, 0.75), (0, 0.25), (2, 9.0))]
+    assert hacking.paired(before, after, "gold") == (0.25, 0.0)
+
+
+def test_paired_differences_take_the_prompts_difficulty_out():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(size=200)
+    after = hard + 0.1 + 0.01 * rng.normal(size=200)
+    gain, error = hacking.paired(records(hard), records(after), "gold")
+    assert gain == pytest.approx(0.1, abs=0.005) and error < 0.001
+
+
+# --- onset, dominance, the table over seeds -------------------------------------------------------
+
+
+def make_run(folder, gold, proxy, **flags):
+    """A run folder. gold: for each test, gold of each picture. proxy: for each test, mean hps."""
+    flags = {"rewards": "hps", "eval_rewards": "gold", "num_generations": 2, **flags}
+    (folder / "tests").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"flags": flags, "command": "grpo.py <b>"}))
+    tests = []
+    for step, (golds, hps) in enumerate(zip(gold, proxy)):
+        mean = float(np.mean(golds))
+        tests.append({"step": step, "hps": hps, "gold": mean, "kl": float(step)})
+        rows = [row | {"hps": hps, "prompt": "p"} for row in records(golds)]
+        write_jsonl(folder / f"tests/step_{step:06d}.jsonl", rows)
+    write_jsonl(folder / "test.jsonl", tests)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "gold, proxy, expected",
+    [
+        ([0.3, 0.4, 0.35, 0.2], [0.1, 0.2, 0.3, 0.4], 1),  # up, then down, while the proxy rises
+        ([0.3, 0.4, 0.5, 0.6], [0.1, 0.2, 0.3, 0.4], None),  # both rise
+        ([0.3, 0.4, 0.35, 0.2], [0.1, 0.2, 0.1, 0.1], None),  # both fall: no hacking
+        ([0.3, 0.4, 0.35, 0.2], [0.1, 0.2, 0.3, 0.2], None),  # the proxy ends where it was
+        ([0.3, 0.4, 0.399, 0.399], [0.1, 0.2, 0.3, 0.4], None),  # a fall within the error
+    ],
+)
+def test_the_onset_of_hacking_by_its_rule(gold, proxy, expected, tmp_path):
+    rng = np.random.default_rng(0)
+    golds = [mean + rng.normal(0, 0.05, 100) for mean in gold]
+    assert hacking.onset(make_run(tmp_path / "run", golds, proxy)) == expected
+
+
+@pytest.mark.parametrize("extra, expected", [(0.0, None), (1 / 64, 0)])
+def test_the_onset_needs_more_than_two_standard_errors(extra, expected, tmp_path):
+    """Changes -3/8, -3/8, -3/8, 1/8: mean -1/4, deviation 1/4, standard error 1/8, exactly."""
+    after = [1 - 3 / 8 - extra] * 3 + [1 + 1 / 8 - extra]
+    run = make_run(tmp_path / "run", [[1.0] * 4, after], [0.1, 0.2])
+    assert hacking.onset(run) == expected
+
+
+def test_there_is_no_onset_without_gold(tmp_path):
+    run = make_run(tmp_path / "run", [[1.0], [0.0]], [0.1, 0.2])
+    write_jsonl(run / "test.jsonl", [{"step": step, "hps": 0.1, "kl": 0.0} for step in (0, 1)])
+    assert hacking.onset(run) is None
+
+
+def test_a_folder_without_tests_is_no_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        hacking.read_run(tmp_path)
+    assert stop.value.code == 2 and "make one with torchrun grpo.py" in capsys.readouterr().err
+
+
+def add_rollouts(run):
+    """Two groups of two: hps varies much, gold little, and the advantage is their centred sum."""
+    loud, quiet = [0.0, 1.0, 0.2, 0.9], [0.51, 0.50, 0.5, 0.5]
+    rows = [{"hps": a, "gold": b, "total": a + b} for a, b in zip(loud, quiet)]
+    for row, mean in zip(rows, (1.005, 1.005, 1.05, 1.05)):
+        row |= {"advantage": row["total"] - mean, "prompt": "<b>", "thought": "t"}
+    write_jsonl(run / "rollouts/step_000000.jsonl", rows)
+
+
+def test_the_reward_with_the_largest_spread_dominates(tmp_path):
+    """hps is .5 and .35 from its groups' means: sqrt of the mean square, times n / (n - 1) = 2."""
+    run = make_run(tmp_path / "run", [[0.3]], [0.1])
+    add_rollouts(run)
+    first = {row["reward"]: row for row in hacking.reward_drivers(run)[:2]}
+    hps, gold = first["hps"], first["gold"]
+    assert hps["std within a group"] == pytest.approx(math.sqrt(0.25 + 0.1225))
+    assert hps["correlation with the advantage"] > 0.9 and hps["ties"] == 0
+    assert gold["ties"] == 0.5 and gold["role"] == "only watched" and gold["steps"] == "first 1"
+
+
+def test_the_table_over_seeds_by_hand(tmp_path):
+    """hps gains .1 and .3: mean .2, deviation .1 sqrt 2, error .1; t = 12.71 for two seeds."""
+    pool = [{"id": "x", "sample": k, "hps": s, "total": s} for k, s in enumerate((0.0, 0.4))]
+    for seed, gain in (("a", 0.1), ("b", 0.3)):
+        run = make_run(tmp_path / seed, [[0.5], [0.6]], [0.0, gain])
+        write_jsonl(run / "best_of_n.jsonl", pool)  # deviation .2828, best of 2: .4 against .2
+    rows = hacking.seeds_table([tmp_path / "a", tmp_path / "b"])
+    table = {row["measured"]: row for row in rows}
+    assert rows[0]["trained on"] == "`hps`, 2 seeds" and rows[1]["trained on"] == ""
+    assert table["hps"]["before"] == 0 and table["hps"]["after"] == pytest.approx(0.2)
+    assert table["hps"][hacking.CHANGE] == "+0.200 ± 1.271 (+0.7 within-prompt deviations)"
+    assert table["gold"][hacking.CHANGE] == "+0.100 ± 0.000"
+    assert table["onset of hacking"][hacking.CHANGE] == "none, none"
+    assert table["best of 2: hps"][hacking.CHANGE] == "+0.200 ± 0.000"
+    one = hacking.seeds_table([tmp_path / "a"])
+    assert one[1][hacking.CHANGE] == "+0.100, one seed: no interval"
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def test_a_group_of_one_picture_has_no_diversity():
+    assert pictures.diversity([picture()] * 4, 4) == [0.0]
+    black_white = [picture((0, 0, 0)), picture((255, 255, 255))]
+    assert pictures.diversity(black_white, 2) == pytest.approx([1.0])
+
+
+def test_a_sheet_gives_its_pictures_back(tmp_path):
+    images = [picture((i, 2 * i, 0)) for i in range(21)]
+    pictures.save_sheet(images, tmp_path / "sheet.png")
+    cut = pictures.cut_sheet(tmp_path / "sheet.png", 21)
+    assert [image.getpixel((4, 4)) for image in cut] == [(i, 2 * i, 0) for i in range(21)]
+
+
+def test_the_training_grid_keeps_the_first_and_the_last_test(tmp_path):
+    for step in range(5):
+        pictures.save_strip([picture((50 * step, 0, 0))], tmp_path / f"samples/step_{step:06d}.png")
+    figures.training_grid(tmp_path, tmp_path / "grid.png", rows=3)
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.size == (70 + 100, 3 * 100)
+    assert [grid.getpixel((118, y))[0] for y in (48, 148, 248)] == [0, 100, 200]
+
+
+def test_the_largest_gap_between_reward_and_gold_comes_first(tmp_path):
+    run = make_run(tmp_path / "run", [[0.0, 1.0, 0.5]], [0.1])
+    rows = records([0.0, 1.0, 0.5])
+    for row, hps in zip(rows, (0.5, 0.0, 1.0)):  # z(hps) - z(gold): 1.22, -2.45, 1.22
+        row |= {"hps": hps + 0.01 * (row["gold"] == 0), "prompt": "p", "image/edges": 0.1}
+    write_jsonl(run / "tests/step_000000.jsonl", rows)
+    gaps = figures.worst_gaps(run, ["hps"], n=2)
+    assert [row["gold"] for row in gaps] == [0.0, 0.5]
+    assert list(gaps[0]) == ["before", "after", "gold", "hps", "prompt"]
+
+
+def test_a_run_gets_its_figures_and_its_page(tmp_path):
+    run = make_run(tmp_path / "run", [[0.5] * 4, [0.1] * 4], [0.1, 0.2])
+    add_rollouts(run)
+    pictures.save_sheet([picture((i, 0, 0)) for i in range(4)], run / "rollouts/step_000000.png")
+    for step in (0, 1):
+        pictures.save_strip([picture()] * 3, run / f"samples/step_{step:06d}.png")
+    text = figures.report_page(run).read_text()
+    assert "Onset of hacking: step 0." in text and "grpo.py &lt;b&gt;" in text and "<b>" not in text
+    assert text.count("data:image/png") == 2 + 4  # two figures and the pictures of two groups
+    assert text.index("A +0.35") < text.index("A -0.35")  # the best of a group comes first
+    assert (run / "hacking.png").stat().st_size > 10_000
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+
+def test_every_text_in_a_page_is_escaped():
+    evil = "<script>alert(1)</script>"
+    body = pages.table([{evil: evil, "n": 1.0}]) + pages.word_diff(evil, evil + " x")
+    assert "<script>alert" not in pages.page(evil, body + evil)
+
+
+def test_a_page_loads_nothing_and_runs_one_script_known_by_its_hash():
+    page = pages.page("t", pages.table([{"a": 1.0, "picture": picture()}]))
+    assert "default-src 'none'" in page and "http://" not in page and "https://" not in page
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in page
+
+
+def test_a_table_shows_three_digits_and_is_sorted_by_all_of_them():
+    table = pages.table([{"a": 0.12345, "b": 7, "c": "x" * 25, "d": math.nan}])
+    assert '<td data-value="0.12345">0.123</td><td>7</td><td class="long">xxx' in table
+    assert '<td data-value="nan">nan</td>' in table and pages.table([]).strip() == "<p>none</p>"
+
+
+def test_a_section_holds_a_table_or_html_and_its_heading_is_escaped():
+    body = pages.sections({"a < b": [{"n": 1}], "diff": pages.word_diff("a", "b")})
+    assert "<h2>a &lt; b</h2>" in body and "<td>1</td>" in body
+    assert "<h2>diff</h2><del>a</del> <ins>b</ins>" in body
+
+
+def test_a_picture_in_a_table_is_a_part_of_the_page(tmp_path):
+    picture((1, 2, 3)).save(tmp_path / "a&b.png")
+    from_file, from_memory = pages.picture(tmp_path / "a&b.png"), pages.picture(picture((1, 2, 3)))
+    assert from_file.replace("a&amp;b.png", "") == from_memory
+    assert from_memory in pages.table([{"picture": picture((1, 2, 3))}])
+
+
+def test_a_word_diff_shows_what_was_deleted_and_what_was_inserted():
+    diff = pages.word_diff("Do you see noise ?", "Do you see stains ?")
+    assert diff == "Do you see <del>noise</del> <ins>stains</ins> ?"
+    assert pages.word_diff("a", "a b") == "a <ins>b</ins>"
