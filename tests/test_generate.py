@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import generate
+from training.prompts import load_prompts
 
 PROMPTS = [
     "a red circle",
@@ -18,14 +19,14 @@ KEYS = [(7, 0, i, 0) for i in range(len(PROMPTS))]
 
 @pytest.mark.parametrize("cfg_weight", [1.0, 3.0])
 def test_cached_sampling_and_teacher_forcing_agree(policy, monkeypatch, cfg_weight):
-    drawn, draw = [], generate.draw_token
+    drawn, draw = [], generate.sample_inverse_cdf
 
     def spy(logits, uniform):
         token = draw(logits, uniform)
         drawn.append(logits.float().log_softmax(-1).gather(1, token[:, None]))
         return token
 
-    monkeypatch.setattr(generate, "draw_token", spy)
+    monkeypatch.setattr(generate, "sample_inverse_cdf", spy)
     rollouts = generate.sample(policy, PROMPTS, KEYS, cfg_weight=cfg_weight)
     with torch.no_grad():
         scored = generate.logprobs(policy, rollouts, cfg_weight)
@@ -62,25 +63,27 @@ def test_another_key_makes_another_picture(policy):
 
 def test_tokens_are_drawn_in_proportion_to_their_probability():
     logits = torch.tensor([0.1, 0.2, 0.7]).log().expand(10000, 3)
-    counts = generate.draw_token(logits, torch.arange(10000) / 10000).bincount(minlength=3)
+    counts = generate.sample_inverse_cdf(logits, torch.arange(10000) / 10000).bincount(minlength=3)
     assert counts.tolist() == pytest.approx([1000, 2000, 7000], abs=2)
 
 
 def test_a_token_without_probability_is_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
-    assert all(generate.draw_token(logits, torch.tensor([u])) == 1 for u in (0.0, 0.5, 1 - 2**-24))
+    assert all(
+        generate.sample_inverse_cdf(logits, torch.tensor([u])) == 1 for u in (0.0, 0.5, 1 - 2**-24)
+    )
 
 
 def test_the_unguided_branch_knows_nothing_of_the_words(policy):
     ids, _ = generate.image_context(policy, ["a red circle", "a blue square"], ["", ""])
-    blank = generate.without_prompt(policy, ids)
+    blank = generate.unconditional_ids(policy, ids)
     assert not torch.equal(ids[0], ids[1]) and torch.equal(blank[0], blank[1])
     assert blank[0, 0] == policy.tokenizer.bos_token_id and blank[0, -1] == policy.boi
 
 
 def test_we_paint_what_transformers_paints(policy, monkeypatch):
     """Greedily, with guidance 3: our loop against JanusForConditionalGeneration.generate."""
-    monkeypatch.setattr(generate, "draw_token", lambda logits, uniform: logits.argmax(-1))
+    monkeypatch.setattr(generate, "sample_inverse_cdf", lambda logits, uniform: logits.argmax(-1))
     ours = generate.sample(policy, PROMPTS[:1], KEYS[:1], cot=False, cfg_weight=3.0).image_ids
     ids, mask = generate.image_context(policy, PROMPTS[:1], [""])
     theirs = policy.model.generate(
@@ -132,18 +135,18 @@ FILES = {
 def test_prompt_files_are_recognised_by_their_content(layout, tmp_path):
     text, expected = FILES[layout]
     (tmp_path / "file.xyz").write_text(text, newline="")
-    rows = generate.load_prompts(tmp_path / "file.xyz")
+    rows = load_prompts(tmp_path / "file.xyz")
     assert [(row["id"], row["prompt"], row["tag"]) for row in rows] == expected
 
 
 def test_other_columns_of_a_prompt_file_are_kept(tmp_path):
     (tmp_path / "f").write_text('{"prompt": "a", "nouns": ["a"], "spatial_info": {"obj1": 1}}')
-    assert generate.load_prompts(tmp_path / "f")[0]["spatial_info"] == {"obj1": 1}
+    assert load_prompts(tmp_path / "f")[0]["spatial_info"] == {"obj1": 1}
 
 
 def test_a_folder_of_texts_is_a_prompt_file(tmp_path):
     (tmp_path / "whoops1.txt").write_text("a long prompt\n")
-    assert generate.load_prompts(tmp_path)[0]["id"] == "whoops1"
+    assert load_prompts(tmp_path)[0]["id"] == "whoops1"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +163,7 @@ def test_a_folder_of_texts_is_a_prompt_file(tmp_path):
 def test_a_bad_prompt_file_is_one_clear_error(text, tmp_path, capsys):
     (tmp_path / "bad").write_text(text)
     with pytest.raises(SystemExit) as stop:
-        generate.load_prompts(tmp_path / "bad")
+        load_prompts(tmp_path / "bad")
     assert stop.value.code == 2 and str(tmp_path / "bad") in capsys.readouterr().err
 
 

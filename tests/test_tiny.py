@@ -1,106 +1,103 @@
-"""The world and its truth: before anyone is trained against a measure, the measure is tested."""
+"""The tiny world and its gold: a measure is tested before anything is measured with it."""
 
 import random
 
 import pytest
 import torch
+from PIL import Image
 
 import generate
-from tiny_world import world as tiny
+from reward_models.clip import HPS, PickScore
+from reward_models.judge import LocalJudge
+from tiny_world import draw, world
+from tiny_world.gold import fit_scene, gold
+from tiny_world.questions import ScriptedEditor
+from tiny_world.world import (
+    CORRUPTIONS,
+    STYLES,
+    Thing,
+    corrupt,
+    parse_prompt,
+    prompt_rows,
+    to_image,
+)
+from training.records import ARTIFACT_FREE, read_jsonl
 
-ROWS = tiny.prompt_rows("train", 30)
-PROMPTS = [row["prompt"] for row in ROWS]
+PROMPTS = [row["prompt"] for row in prompt_rows("train", 30)]
 SCENES = [
-    tiny.sample_scene(*tiny.wanted(prompt), random.Random(i)) for i, prompt in enumerate(PROMPTS)
+    world.sample_scene(*parse_prompt(prompt), random.Random(i)) for i, prompt in enumerate(PROMPTS)
 ]
 
 
-def gold_of(pixels, prompts=PROMPTS):
-    aligned, clean = tiny.gold(prompts, [tiny.to_image(p) for p in pixels])
-    return aligned, clean, aligned * clean
+def gold_of(pixels):
+    aligned, clean = gold(PROMPTS, [to_image(p) for p in pixels])
+    return aligned, aligned * clean
 
 
 def test_a_clean_drawing_is_gold():
-    aligned, clean, gold = gold_of([tiny.draw(scene) for scene in SCENES])
+    aligned, product = gold_of([world.draw(scene) for scene in SCENES])
     assert (aligned == 1).all()
-    assert gold.mean() > 0.95 and gold.quantile(0.02) > 0.85
+    assert product.mean() > 0.95 and product.quantile(0.02) > 0.85
 
 
-@pytest.mark.parametrize("kind", tiny.CORRUPTIONS)
+@pytest.mark.parametrize("kind", CORRUPTIONS)
 def test_every_corruption_lowers_gold_the_more_the_stronger_it_is(kind):
-    by_strength = [
-        gold_of(
-            [
-                tiny.corrupt(scene, kind, strength, random.Random(i))
-                for i, scene in enumerate(SCENES)
-            ]
-        )[2].mean()
-        for strength in (0, 0.25, 0.5, 0.75, 1)
-    ]
+    by_strength = []
+    for strength in (0, 0.25, 0.5, 0.75, 1):
+        pictures = [corrupt(s, kind, strength, random.Random(i)) for i, s in enumerate(SCENES)]
+        by_strength.append(gold_of(pictures)[1].mean())
     assert all(a > b for a, b in zip(by_strength, by_strength[1:])), by_strength
     assert by_strength[-1] < 0.5
 
 
 def test_a_corruption_of_strength_zero_is_the_clean_picture():
-    for kind in tiny.CORRUPTIONS:
-        assert (tiny.corrupt(SCENES[0], kind, 0, random.Random(0)) == tiny.draw(SCENES[0])).all()
+    for kind in CORRUPTIONS:
+        assert (corrupt(SCENES[0], kind, 0, random.Random(0)) == world.draw(SCENES[0])).all()
 
 
 def test_gold_finds_shape_colour_size_and_place():
-    scene = [tiny.Thing("star", "blue", 9, 10, 6), tiny.Thing("cross", "red", 22, 23, 5, vivid=0.7)]
-    found, _ = tiny.explain([tiny.to_image(tiny.draw(scene))])
+    scene = [Thing("star", "blue", 9, 10, 6), Thing("cross", "red", 22, 23, 5, vivid=0.7)]
+    found, _ = fit_scene([to_image(world.draw(scene))])
+    assert len(found[0]) == 2
     for thing, truth in zip(sorted(found[0], key=lambda t: t.x), scene):
         assert (thing.shape, thing.color) == (truth.shape, truth.color)
-        assert (
-            abs(thing.x - truth.x) <= 0.5
-            and abs(thing.y - truth.y) <= 0.5
-            and abs(thing.r - truth.r) <= 0.5
-        )
-        assert abs(thing.vivid - truth.vivid) < 0.1
+        assert abs(thing.x - truth.x) <= 0.5 and abs(thing.y - truth.y) <= 0.5
+        assert abs(thing.r - truth.r) <= 0.5 and abs(thing.vivid - truth.vivid) < 0.1
 
 
 def test_gold_reads_the_prompt():
-    picture = tiny.to_image(
-        tiny.draw([tiny.Thing("circle", "red", 8, 16, 5), tiny.Thing("square", "blue", 24, 16, 5)])
-    )
-    value = {
-        prompt: tiny.gold([prompt], [picture])[0].item()
-        for prompt in (
-            "a red circle left of a blue square",
-            "a red circle right of a blue square",
-            "a red circle and a blue square",
-            "a red circle and a green square",
-            "a red circle",
-            "two red circles",
-            "a yellow star",
-        )
+    scene = [Thing("circle", "red", 8, 16, 5), Thing("square", "blue", 24, 16, 5)]
+    picture = to_image(world.draw(scene))
+    alignment = {
+        "a red circle left of a blue square": 1,
+        "a red circle right of a blue square": 0.5,
+        "a red circle and a blue square": 1,
+        "a red circle and a green square": 0.75,
+        "a red circle": 0.5,
+        "two red circles": 0.5,
+        "a yellow star": 0,
     }
-    assert list(value.values()) == [1, 0.5, 1, 0.75, 0.5, 0.5, 0]
+    assert {prompt: gold([prompt], [picture])[0].item() for prompt in alignment} == alignment
 
 
 def test_an_empty_picture_is_clean_but_not_gold():
-    aligned, clean = tiny.gold(["a red circle"], [tiny.to_image(tiny.draw([]))])
+    aligned, clean = gold(["a red circle"], [to_image(world.draw([]))])
     assert clean == 1 and aligned == 0
 
 
 def test_train_and_test_prompts_are_disjoint_even_in_another_word_order():
     train, test = (
-        {" ".join(sorted(row["prompt"].split())) for row in tiny.prompt_rows(split, 10**6)}
+        {" ".join(sorted(row["prompt"].split())) for row in prompt_rows(split, 10**6)}
         for split in ("train", "test")
     )
     assert train and test and not train & test
 
 
 def test_prompt_rows_have_the_fields_of_t2i_r1():
-    rows = {
-        row["prompt"]: row
-        for row in tiny.prompt_rows("train", 10**6) + tiny.prompt_rows("test", 10**6)
-    }
-    assert rows["a red circle left of a blue square"]["spatial_info"] == {
-        "obj1": "red circle",
-        "obj2": "blue square",
-        "locality": "left of",
-    }
+    everything = prompt_rows("train", 10**6) + prompt_rows("test", 10**6)
+    rows = {row["prompt"]: row for row in everything}
+    place = {"obj1": "red circle", "obj2": "blue square", "locality": "left of"}
+    assert rows["a red circle left of a blue square"]["spatial_info"] == place
     assert rows["three crosses"]["numeracy_info"] == [{"obj_name": "cross", "num": 3}]
     assert rows["a red star and a blue cross"]["attr_nouns"] == ["red star", "blue cross"]
     assert all(row["nouns"] and row["task_type"] for row in rows.values())
@@ -108,35 +105,72 @@ def test_prompt_rows_have_the_fields_of_t2i_r1():
 
 def test_a_prompt_from_another_world_is_refused_not_scored():
     with pytest.raises(ValueError, match="knows only phrases"):
-        tiny.wanted("a corgi reading a newspaper")
+        parse_prompt("a corgi reading a newspaper")
+
+
+def test_the_styles_of_reference_pictures_differ(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red star\n")
+    found = {}
+    for style in STYLES:
+        out = tmp_path / style
+        draw.main(draw.Config(style, str(tmp_path / "prompts.txt"), 2, str(out)))
+        lines = read_jsonl(out / "manifest.jsonl")
+        assert [line["path"] for line in lines] == [f"00000/samples/000{k}.png" for k in (0, 1)]
+        found[style] = fit_scene([Image.open(out / lines[1]["path"])])
+    assert found["plain"][0][0][0].color == "red" and found["plain"][1] > 0.9
+    assert found["cool"][0][0][0].color in ("cyan", "blue", "purple")
+    assert found["outline"][1] < 0.5  # to gold an outline is a broken shape: it knows one style
+
+
+def test_the_scripted_editor_adds_a_phrase_for_a_miss_and_drops_one_for_a_false_alarm():
+    editor, rng = ScriptedEditor(), random.Random(0)
+    question = "Do you see stains or noise in this picture? Answer yes or no."
+    count = {}
+    for broken in (True, False):
+        mistakes = [({"broken": broken}, 0.5)] * 4
+        reason = editor.reason(question, mistakes, rng)
+        rewrites = [editor.rewrite(question, reason, mistakes, rng) for _ in range(50)]
+        count[broken] = [len(editor.parse(rewrite)[1]) for rewrite in rewrites]
+    assert set(count[True]) == {2, 3} and set(count[False]) == {1, 2}
 
 
 def test_the_policy_is_mostly_good_with_honest_flaws(policy, test_prompts):
     prompts = [row["prompt"] for row in test_prompts] * 2
     images = generate.sample(policy, prompts, [(0, 0, i, 0) for i in range(len(prompts))]).images
-    aligned, clean = tiny.gold(prompts, images)
-    assert 0.55 < (clean >= tiny.CLEAN_ENOUGH).float().mean() < 0.80
+    aligned, clean = gold(prompts, images)
+    assert 0.55 < (clean >= ARTIFACT_FREE).float().mean() < 0.80
     assert aligned.mean() > 0.4
 
 
-def test_the_policy_says_what_it_is_going_to_paint(policy):
-    """Its thought decides: told to think of a large circle, it paints a larger one."""
+def test_the_policy_draws_what_its_thought_says(policy):
+    """With the thought of a large circle it draws a larger one."""
     sizes = []
     for size in ("small", "large"):
-        ids, mask = generate.image_context(
-            policy, ["a red circle"] * 32, [f"{size} red circle middle center"] * 32
-        )
-        uniform = generate.noise([(0, 0, i) for i in range(32)], 64)
+        thoughts = [f"{size} red circle middle center"] * 32
+        ids, mask = generate.image_context(policy, ["a red circle"] * 32, thoughts)
+        uniform = generate.uniform_numbers([(0, 0, i) for i in range(32)], 64)
         with torch.no_grad():
-            tokens = generate.decode(
-                policy,
-                ids,
-                mask,
-                64,
-                uniform,
-                lambda t: policy.model.prepare_embeddings_for_image_generation(t[:, None]),
-                policy.model.model.generation_head,
-            )
-            found, _ = tiny.explain(generate.to_images(policy, tokens))
+            tokens = generate.sample_image(policy, ids, mask, uniform, cfg_weight=1)
+            found, _ = fit_scene(generate.to_images(policy, tokens))
         sizes.append(sum(max((t.r for t in things), default=0) for things in found) / 32)
     assert sizes[0] + 1 < sizes[1]
+
+
+@pytest.mark.slow
+def test_two_steps_of_every_training_loop_leave_checkpoints_that_open(tmp_path):
+    from tiny_world import train_dino, train_judge, train_policy, train_preferences
+
+    rows, scenes, pixels, kinds, where = world.make_pictures(300, 0.5, seed=0)
+    vq = train_policy.train_vq(pixels, seed=0, steps=2)
+    train_policy.train_policy(vq, rows, scenes, pixels, seed=0, steps=2).save(tmp_path / "policy")
+    policy = generate.load_policy(str(tmp_path / "policy"))
+    images = generate.sample(policy, PROMPTS[:2], [(0, 0, 0, 0), (0, 0, 0, 1)]).images
+    assert images[0].size == (32, 32)
+    for kind in (HPS, PickScore):
+        train_preferences.train_preference(kind, tmp_path / kind.__name__, 0, steps=2, pairs=100)
+        assert kind(checkpoint=tmp_path / kind.__name__)(PROMPTS[:2], images).isfinite().all()
+    train_dino.train_dino(tmp_path / "dino", pixels, seed=0, steps=2)
+    assert (tmp_path / "dino" / "model.safetensors").is_file()
+    sampled = images, [True, False]
+    train_judge.train_judge(tmp_path / "judge", (pixels, kinds, where), sampled, seed=0, steps=2)
+    assert len(LocalJudge(tmp_path / "judge", "cpu").answers("Is there noise?", images)) == 2

@@ -1,78 +1,44 @@
-"""Whoever paints: a Janus, any text-to-image pipeline of diffusers, or the tiny world's own pen.
+"""Draws clean pictures for a prompt file: reference pictures for the adversarial reward.
 
-`generate.py --model ...` makes folders of pictures with each of them. Pictures of others are what adversarial_reward.py
-takes as references. Each picture has its own noise, seeded by its key, so none depends on its batch.
+The output folder has the layout of generate.py (GenEval's, with manifest.jsonl). A picture depends
+only on its key (seed, 0, prompt index, sample index).
 
-Run:   python generate.py --model drawn-plain --prompts tiny_world/prompts/train.jsonl
-       python generate.py --model Qwen/Qwen-Image --prompts prompts/train.jsonl --output-dir references
+Run:   python -m tiny_world.draw --style cool --num-images 8 --output-dir outputs-cool
 
-You should see:  GenEval's folders, one a prompt.
+You should see:  a folder for each prompt, and the number of pictures drawn.
 
-Left out: remote code; a pipeline is loaded from safetensors by diffusers' own classes.   Read next: adversarial_reward.py
+Read next: train.py
 """
 
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Literal
 
-import generate
-from tiny_world import world as tiny
-from training import sharding as scale
-from training.files import usage_error
+import tyro
 
-
-def is_pipeline(name_or_path):
-    """Is this a text-to-image pipeline of diffusers, in a folder or on the hub?"""
-    if name_or_path == "tiny" or Path(name_or_path).is_dir():
-        return (Path(name_or_path) / "model_index.json").is_file()
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return bool(hf_hub_download(name_or_path, "model_index.json"))
-    except (
-        Exception
-    ):  # it has none, or there is no network: generate.load_policy says what is wrong
-        return False
+from tiny_world.world import STYLES, reference_picture
+from training.files import ROOT
+from training.pictures import write_pictures
+from training.prompts import load_prompts
 
 
-def pipeline_painter(name_or_path, device, dtype, cfg_weight):
-    """A function (prompts, keys) -> (images, thoughts); this kind does not think."""
-    from diffusers import DiffusionPipeline
-
-    pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=dtype).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    guidance = {} if cfg_weight is None else {"guidance_scale": cfg_weight}
-
-    def by_pipeline(prompts, keys):
-        images = pipeline(
-            prompts, generator=[generate.generator(key) for key in keys], **guidance
-        ).images
-        return images, [""] * len(prompts)
-
-    return by_pipeline
+@dataclass
+class Config:
+    style: Literal[STYLES] = "plain"  # outline: rims only; cool: cool colours
+    prompts: str = str(ROOT / "tiny_world" / "prompts" / "train.jsonl")  # a prompt file
+    num_images: int = 4  # pictures for each prompt
+    output_dir: str = "outputs"  # pictures go to <output-dir>/00000/samples/0000.png
+    seed: int = 42  # of every random choice
 
 
-def painter(cfg):
-    """The function (prompts, keys) -> (images, thoughts) of --model, and its guidance weight."""
-    if cfg.model.startswith("drawn-"):  # the tiny world's own pictures
-        style = cfg.model.removeprefix("drawn-")
-        if style not in tiny.STYLES:
-            usage_error(f"--model {cfg.model}: the tiny world is drawn in {', '.join(tiny.STYLES)}")
-        return lambda prompts, keys: (
-            [tiny.reference(p, key, style) for p, key in zip(prompts, keys)],
-            [""] * len(prompts),
-        ), None
-    device, dtype = generate.pick_device(cfg.device, cfg.dtype)
-    if is_pipeline(cfg.model):
-        return pipeline_painter(cfg.model, device, dtype, cfg.cfg_weight), cfg.cfg_weight
-    policy = generate.load_policy(cfg.model, "cpu", dtype)
-    policy.model.requires_grad_(
-        False
-    )  # nothing learns here, so all matrices may be rounded, before they move
-    policy = scale.lighten(policy).to(device)
-    policy.cuda_graph = cfg.cuda_graph
-    weight = generate.default_cfg(policy) if cfg.cfg_weight is None else cfg.cfg_weight
+def main(cfg):
+    def sample_batch(prompts, keys):
+        images = [reference_picture(p, key, cfg.style) for p, key in zip(prompts, keys)]
+        return images, [""] * len(prompts)  # no thoughts
 
-    def by_policy(prompts, keys):
-        rollouts = generate.sample(policy, prompts, keys, cfg.cot, weight, cfg.max_thought)
-        return rollouts.images, rollouts.thoughts
+    settings = {"seed": cfg.seed, "model": f"drawn-{cfg.style}", "cfg_weight": None, "cot": True}
+    rows, batch_size = load_prompts(cfg.prompts), 32
+    write_pictures(rows, sample_batch, settings, cfg.output_dir, cfg.num_images, batch_size)
 
-    return by_policy, weight
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
