@@ -9,7 +9,8 @@ import torch
 import adversarial_reward
 import generate
 import rewards
-from tiny_world import world as tiny
+from tiny_world import world
+from training.files import ROOT
 
 PROMPTS = [
     "a red star",
@@ -17,13 +18,13 @@ PROMPTS = [
     "a green square above a purple cross",
     "a cyan triangle",
 ] * 4
-CLEAN = [tiny.reference(prompt, f"another {i}") for i, prompt in enumerate(PROMPTS)]
+CLEAN = [world.reference_picture(prompt, f"another {i}") for i, prompt in enumerate(PROMPTS)]
 
 
 def broken(prompt, i):
     rng = random.Random(i)
-    return tiny.to_image(
-        tiny.corrupt(tiny.sample_scene(*tiny.wanted(prompt), rng), "noise", 1, rng)
+    return world.to_image(
+        world.corrupt(world.sample_scene(*world.parse_prompt(prompt), rng), "noise", 1, rng)
     )
 
 
@@ -54,13 +55,13 @@ def test_metrics_are_of_the_judge_that_had_not_seen_these_pictures():
     assert adversary(PROMPTS, BROKEN).mean().item() < before
 
 
-def test_the_eyes_stay_as_they_are_and_the_head_moves():
+def test_dino_stays_as_it_is_and_the_head_moves():
     adversary = rewards.load("adversarial", checkpoint="tiny")
     eyes, head = (
-        [p.clone() for p in part.parameters()] for part in (adversary.eyes, adversary.head)
+        [p.clone() for p in part.parameters()] for part in (adversary.dino, adversary.head)
     )
     adversary.learn(PROMPTS, BROKEN)
-    assert all((a == b).all() for a, b in zip(eyes, adversary.eyes.parameters()))
+    assert all((a == b).all() for a, b in zip(eyes, adversary.dino.parameters()))
     assert any((a != b).any() for a, b in zip(head, adversary.head.parameters()))
 
 
@@ -116,7 +117,7 @@ def test_what_it_has_learned_survives_a_checkpoint(adversary, tmp_path):
     adversary.learn(PROMPTS, BROKEN)
     torch.save(adversary.state_dict(), tmp_path / "state.pt")
     again = type(adversary)(
-        checkpoint=str(generate.HERE / "tiny_world/checkpoints" / adversary.folder), steps=8
+        checkpoint=str(ROOT / "tiny_world/checkpoints" / adversary.tiny_folder), steps=8
     )
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert again.learn(PROMPTS, CLEAN) == adversary.learn(PROMPTS, CLEAN)
@@ -139,7 +140,7 @@ def test_it_remembers_the_last_rollouts_and_no_more(monkeypatch):
 
 def write_references(folder, prompts):
     for i, prompt in enumerate(prompts):
-        tiny.reference(prompt, i).save(folder / f"{i}.png")
+        world.reference_picture(prompt, i).save(folder / f"{i}.png")
 
 
 def test_references_are_a_folder_of_generate_or_a_file_of_the_released_code(tmp_path):
@@ -154,8 +155,8 @@ def test_references_are_a_folder_of_generate_or_a_file_of_the_released_code(tmp_
     for where in (tmp_path, tmp_path / "manifest.jsonl", tmp_path / "released.json"):
         references = adversarial_reward.References(where)
         references.check(PROMPTS[:2])
-        picked = references.pick(PROMPTS[1], random.Random(0))
-        assert picked.tobytes() == tiny.reference(PROMPTS[1], 1).tobytes()
+        picked = references.choose(PROMPTS[1], random.Random(0))
+        assert picked.tobytes() == world.reference_picture(PROMPTS[1], 1).tobytes()
 
 
 def test_what_is_wrong_with_references_is_said_before_the_first_step(tmp_path, capsys):
@@ -188,7 +189,7 @@ def test_references_come_from_any_pipeline_of_diffusers(tmp_path):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(generate.HERE / "tiny_world" / "checkpoints" / "hps")
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "tiny_world" / "checkpoints" / "hps")
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -242,31 +243,9 @@ def test_references_come_from_any_pipeline_of_diffusers(tmp_path):
     generate.main(cfg)
     references = adversarial_reward.References(tmp_path / "out")
     references.check(["a red star", "two blue circles"])
-    assert references.pick("a red star", random.Random(0)).size == (32, 32)
+    assert references.choose("a red star", random.Random(0)).size == (32, 32)
     painted = (tmp_path / "out/00001/samples/0001.png").read_bytes()
     generate.main(
         generate.Config(**{**vars(cfg), "batch_size": 1, "output_dir": str(tmp_path / "again")})
     )
     assert (tmp_path / "again/00001/samples/0001.png").read_bytes() == painted  # whatever its batch
-
-
-def test_the_styles_of_the_tiny_world_are_references_too(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red star\n")
-    for style in tiny.STYLES:
-        generate.main(
-            generate.Config(
-                model=f"drawn-{style}",
-                prompts=str(tmp_path / "prompts.txt"),
-                num_images=2,
-                output_dir=str(tmp_path / style),
-            )
-        )
-    found = {
-        style: tiny.explain(
-            [adversarial_reward.References(tmp_path / style).pick("a red star", random.Random(0))]
-        )
-        for style in tiny.STYLES
-    }
-    assert found["plain"][0][0][0].color == "red" and found["plain"][1] > 0.9
-    assert found["cool"][0][0][0].color in ("cyan", "blue", "purple")
-    assert found["outline"][1] < 0.5  # to gold an outline is a broken shape: it knows one style

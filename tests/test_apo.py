@@ -10,15 +10,17 @@ import tyro
 from PIL import Image
 
 import apo
-from evaluation import best_arm as bandits
+from evaluation import labels
+from training.files import ROOT
+from training.records import read_jsonl
 
-PAIRS = apo.HERE / "tiny_world" / "pairs"
+PAIRS = ROOT / "tiny_world" / "pairs"
 PLAIN = "Are there artifacts in this picture? Answer yes or no."
 
 
 @pytest.fixture(scope="module")
 def data():
-    return apo.load_examples(PAIRS)
+    return labels.load_examples(PAIRS)
 
 
 class Judge:
@@ -60,7 +62,7 @@ def test_a_folder_of_labelled_pictures_is_split_by_prompt(tmp_path):
         (tmp_path / kind).mkdir()
         for i in range(30):
             Image.new("RGB", (2, 2)).save(tmp_path / kind / f"scene{i}__1.png")
-    splits = apo.load_examples(tmp_path)
+    splits = labels.load_examples(tmp_path)
     assert sum(map(len, splits.values())) == 60
     assert all(
         len(examples) == 2 * len({e["prompt"] for e in examples}) for examples in splits.values()
@@ -77,13 +79,13 @@ def test_a_folder_of_labelled_pictures_is_split_by_prompt(tmp_path):
 def test_bad_data_are_one_clear_error(line, rule, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text(line + "\n")
     with pytest.raises(SystemExit) as stop:
-        apo.load_examples(tmp_path / "data.jsonl")
+        labels.load_examples(tmp_path / "data.jsonl")
     assert stop.value.code == 2 and rule in capsys.readouterr().err
 
 
 def test_measures_by_hand():
     rows = [{"prompt": p, "broken": b} for p in "ab" for b in (False, True)]
-    got = apo.measures(
+    got = labels.measures(
         np.array([0.2, 0.8, 0.6, 0.4]), rows
     )  # prompt a is judged rightly, b the wrong way round
     assert got["accuracy"] == 0.5 and got["pairs"] == 0.5 and got["auroc"] == 0.75
@@ -92,14 +94,14 @@ def test_measures_by_hand():
 
 def test_a_missing_answer_is_neither_right_nor_free():
     rows = [{"prompt": "a", "broken": b} for b in (False, True)]
-    got = apo.measures(np.array([np.nan, 0.9]), rows)
+    got = labels.measures(np.array([np.nan, 0.9]), rows)
     assert got["accuracy"] == 0.5 and got["unanswered"] == 0.5
     assert got["log-likelihood"] == pytest.approx((math.log(0.5) + math.log(0.9)) / 2)
 
 
 def test_a_calibrated_judge_has_no_calibration_error():
     rows = [{"prompt": str(i), "broken": i < 7} for i in range(10)]
-    assert apo.measures(np.full(10, 0.7), rows)["calibration error"] == pytest.approx(0)
+    assert labels.measures(np.full(10, 0.7), rows)["calibration error"] == pytest.approx(0)
 
 
 # --- the memory
@@ -108,9 +110,9 @@ def test_a_calibrated_judge_has_no_calibration_error():
 def test_nothing_is_asked_twice_not_even_by_the_next_run(tmp_path):
     rows, judge = examples(4, tmp_path), Judge()
     for _ in range(2):  # the second time is another process' memory of the first
-        answers = apo.Answers(tmp_path / "answers.sqlite", judge, "judge")
+        answers = apo.CachedJudge(tmp_path / "answers.sqlite", judge, "judge")
         first = answers("noise?", rows)
-    assert judge.asked == 8 and answers.asked == 0 and len(answers.used) == 8
+    assert judge.asked == 8 and answers.calls == 0 and len(answers.used) == 8
     assert first.tolist() == pytest.approx([0.1, 0.9] * 4)
 
 
@@ -120,13 +122,13 @@ def test_another_judge_has_another_memory_and_a_failure_is_not_remembered(tmp_pa
     class Silent:
         answers = staticmethod(lambda question, images: [[]] * len(images))
 
-    silent = apo.Answers(tmp_path / "a.sqlite", Silent(), "silent")
+    silent = apo.CachedJudge(tmp_path / "a.sqlite", Silent(), "silent")
     assert (
         np.isnan(silent("noise?", rows)).all()
         and np.isnan(silent("noise?", rows)).all()
-        and silent.asked == 4
+        and silent.calls == 4
     )
-    other = apo.Answers(tmp_path / "a.sqlite", Judge(), "other")
+    other = apo.CachedJudge(tmp_path / "a.sqlite", Judge(), "other")
     assert np.isfinite(other("noise?", rows)).all()
 
 
@@ -152,7 +154,7 @@ def test_without_mistakes_nobody_is_asked_for_reasons(tmp_path):
             return question + " "
 
     rows, refused = examples(4, tmp_path), {}
-    answers = apo.Answers(tmp_path / "a.sqlite", Judge(), "judge")
+    answers = apo.CachedJudge(tmp_path / "a.sqlite", Judge(), "judge")
     cfg = apo.Config()
     found = apo.expand(
         "Any noise? yes or no", rows, answers, Nobody(), cfg, random.Random(0), refused
@@ -167,7 +169,7 @@ def test_a_picture_without_an_answer_is_no_mistake_to_learn_from(tmp_path):
     class Nobody:
         paraphrase = staticmethod(lambda question, rng: question + " ")
 
-    answers = apo.Answers(tmp_path / "a.sqlite", Silent(), "silent")
+    answers = apo.CachedJudge(tmp_path / "a.sqlite", Silent(), "silent")
     found = apo.expand(
         PLAIN, examples(4, tmp_path), answers, Nobody(), apo.Config(), random.Random(0), {}
     )
@@ -181,44 +183,11 @@ def test_bad_answers_of_the_writer_are_refused_and_counted(tmp_path):
         paraphrase = staticmethod(lambda question, rng: "")
 
     rows, refused = examples(4, tmp_path), {}
-    answers = apo.Answers(tmp_path / "a.sqlite", Judge(), "judge")
+    answers = apo.CachedJudge(tmp_path / "a.sqlite", Judge(), "judge")
     assert (
         apo.expand(PLAIN, rows, answers, Rambler(), apo.Config(), random.Random(0), refused) == []
     )
     assert refused == {"does not ask for yes or no": 4, "empty": 1}
-
-
-# --- selection
-
-
-class Fake:
-    """Questions named by their quality: the judge's P(truth) is about that number."""
-
-    def __init__(self):
-        self.calls, self.rng = 0, np.random.default_rng(0)
-
-    def __call__(self, question, rows):
-        self.calls += len(rows)
-        p = np.clip(float(question) + self.rng.normal(0, 0.1, len(rows)), 0.01, 0.99)
-        return np.where([row["broken"] for row in rows], p, 1 - p)
-
-
-@pytest.mark.parametrize("how", bandits.SELECT)
-def test_every_selection_finds_the_best_and_keeps_to_its_budget(how):
-    rows = [{"broken": i % 2 == 0} for i in range(200)]
-    questions = [str(q) for q in np.linspace(0.1, 0.9, 16).round(3)]
-    answers = Fake()
-    kept = bandits.SELECT[how](bandits.Race(questions, rows, answers), 4, budget=0.35 * 16 * 200)
-    assert kept[0] == "0.9" and len(kept) == 4
-    assert answers.calls == 3200 if how == "full" else answers.calls <= 0.36 * 3200
-
-
-def test_successive_rejects_spends_what_its_formula_says():
-    """K = 4, keep 1, budget 104: logbar = 1/2 + 1/2 + 1/3 + 1/4 = 19/12, n_k = 100 * 12 / 19 / (5 - k)."""
-    rows = [{"broken": True}] * 1000
-    race = bandits.Race(["0.9", "0.8", "0.3", "0.2"], rows, Fake())
-    assert bandits.successive_rejects(race, 1, 104) == ["0.9"]
-    assert [len(race.scores[q]) for q in ("0.2", "0.3", "0.8", "0.9")] == [16, 22, 32, 32]
 
 
 # --- the whole
@@ -251,7 +220,7 @@ def test_the_question_learns_in_the_tiny_world(search):
 
 
 def test_every_question_has_its_history(search):
-    tree = apo.read_jsonl(search / "tree.jsonl")
+    tree = read_jsonl(search / "tree.jsonl")
     known = {node["question"] for node in tree}
     assert tree[0]["question"] == PLAIN and all(node["parent"] in known for node in tree[1:])
     assert len(known) == len(tree) and {node["round"] for node in tree} == {0, 1, 2, 3}

@@ -1,5 +1,6 @@
-"""On a GPU one step of sampling is recorded and replayed. No GPU is needed to see whether the step can be: here every
-operation on tensors is written down, undone, and started again on the same memory, as a CUDA graph does."""
+"""The sampling loop for GPUs gives the tokens of the plain loop. On a GPU its step is recorded and
+replayed. No GPU is needed to see whether it can be: here each operation on tensors is written down,
+undone, and repeated on the same memory, as a CUDA graph does."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import generate
+from training import cuda_graph
 
 PROMPTS = ["a red circle", "three blue crosses", "a cross and a star"]
 KEYS = [(5, 0, i, 0) for i in range(len(PROMPTS))]
@@ -49,38 +51,63 @@ class Recording(TorchDispatchMode):
                     old.copy_(new)
 
 
+@pytest.fixture
+def use_the_loop_for_gpus(monkeypatch):
+    """Sample by it on a CPU, with this capture function, in stretches as long as the plain loop's
+    steps of attention, so that both add in the same order."""
+
+    def use(capture):
+        loop = cuda_graph.sample_tokens
+        in_eights = lambda *args: loop(*args, stretch=8)
+        monkeypatch.setattr(cuda_graph, "is_usable", lambda policy: True)
+        monkeypatch.setattr(cuda_graph, "capture", capture)
+        monkeypatch.setattr(cuda_graph, "sample_tokens", in_eights)
+
+    return use
+
+
+def same(a, b):
+    return a.thoughts == b.thoughts and all(
+        torch.equal(getattr(a, name), getattr(b, name)) for name in ("mask", "image_ids")
+    )
+
+
+@pytest.mark.parametrize("cfg_weight", [1.0, 5.0])
+def test_the_loop_for_gpus_samples_the_tokens_of_the_plain_loop(
+    policy, use_the_loop_for_gpus, cfg_weight
+):
+    plain = generate.sample(policy, PROMPTS, KEYS, cfg_weight=cfg_weight)
+    use_the_loop_for_gpus(lambda step: step)  # nothing is recorded: the loop itself
+    assert same(generate.sample(policy, PROMPTS, KEYS, cfg_weight=cfg_weight), plain)
+
+
 @pytest.mark.parametrize(
     "cfg_weight, dtype", [(1.0, "float32"), (5.0, "float32"), (1.0, "bfloat16")]
 )
-def test_a_recorded_step_paints_what_the_step_itself_paints(policy, monkeypatch, cfg_weight, dtype):
+def test_a_recorded_step_gives_the_same_tokens(policy, use_the_loop_for_gpus, cfg_weight, dtype):
     recorded, policy = [], dataclasses.replace(policy, dtype=getattr(torch, dtype))
 
-    def record(step):
+    def capture(step):
         with Recording() as recording:
             step()
         recorded.append(len(recording.calls))
         return recording.replay
 
-    expected = generate.sample(policy, PROMPTS, KEYS, cfg_weight=cfg_weight)
-    monkeypatch.setattr(generate, "recordable", lambda policy: True)
-    monkeypatch.setattr(generate, "record", record)
-    replayed = generate.sample(policy, PROMPTS, KEYS, cfg_weight=cfg_weight)
-    assert (
-        len(recorded) > 8 and min(recorded) > 100
-    )  # eight graphs for pictures, and for thoughts as many as they need
-    assert replayed.thoughts == expected.thoughts and torch.equal(
-        replayed.image_ids, expected.image_ids
-    )
+    plain = generate.sample(policy, PROMPTS, KEYS, cfg_weight=cfg_weight)
+    use_the_loop_for_gpus(capture)
+    assert same(generate.sample(policy, PROMPTS, KEYS, cfg_weight=cfg_weight), plain)
+    # Eight graphs for pictures, and as many as they need for thoughts.
+    assert len(recorded) > 8 and min(recorded) > 100
 
 
-def test_a_step_that_asks_for_a_number_cannot_be_recorded():
+def test_a_step_that_reads_a_number_cannot_be_recorded():
     x = torch.ones(1)
     with pytest.raises(AssertionError, match="wait"), Recording():
         x.add_(1).item()
 
 
 def test_a_step_that_counts_in_python_is_not_what_was_recorded():
-    """The reason for `t` being a tensor: a recording knows only the number that Python had at that time."""
+    """Why the number of the step is a tensor: a recording knows only the number of that time."""
     squares, n = torch.zeros(3), [0]
 
     def step():
@@ -96,11 +123,10 @@ def test_a_step_that_counts_in_python_is_not_what_was_recorded():
 
 
 def test_only_whole_weights_on_a_gpu_are_recorded(policy):
-    on_gpu = dict(cuda_graph=True, device=torch.device("cuda"))
-    assert generate.recordable(
-        SimpleNamespace(**on_gpu, model=object())
-    ) and not generate.recordable(policy)
-    assert not generate.recordable(SimpleNamespace(**on_gpu, model=SimpleNamespace(inside=len)))
-    assert not generate.recordable(
-        SimpleNamespace(**on_gpu | {"cuda_graph": False}, model=object())
-    )
+    def usable(cuda_graph_flag=True, **model):
+        stand_in = SimpleNamespace(cuda_graph=cuda_graph_flag, device=torch.device("cuda"))
+        stand_in.model = SimpleNamespace(**model)
+        return cuda_graph.is_usable(stand_in)
+
+    assert usable() and not cuda_graph.is_usable(policy)
+    assert not usable(run_in_root_forward=len) and not usable(cuda_graph_flag=False)

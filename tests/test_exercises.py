@@ -1,4 +1,4 @@
-"""The exercises: the code itself passes them, empty blanks do not, and neither do the usual mistakes."""
+"""The project's own functions pass the graders; empty bodies and the usual mistakes do not."""
 
 import math
 
@@ -9,53 +9,50 @@ import artifact_reward
 import generate
 import grpo
 import rewards
-from evaluation import best_arm as bandits
+from evaluation import best_arm
 from studies import exercises
 
 SOLUTIONS = {
     "group_advantages": grpo.group_advantages,
-    "guide": generate.guide,
+    "apply_cfg": generate.apply_cfg,
     "kl_k3": grpo.kl_k3,
-    "p_no": artifact_reward.p_no,
+    "prob_no": artifact_reward.prob_no,
     "dominated": rewards.dominated,
-    "successive_rejects": bandits.successive_rejects,
+    "successive_rejects": best_arm.successive_rejects,
 }
+
+
+def advantages_by_the_std_of_the_batch(total_N, group_size):
+    groups = total_N.view(-1, group_size)
+    return ((groups - groups.mean(1, keepdim=True)) / total_N.std()).view(-1)
+
+
+def prob_no_of_one_spelling(top_logprobs):
+    return math.exp({token.strip().lower(): p for token, p in top_logprobs}.get("no", -math.inf))
+
+
 MISTAKES = {
-    "group_advantages": lambda r, g: (
-        (r.view(-1, g) - r.view(-1, g).mean(1, keepdim=True)) / r.std()
-    ).view(-1),
-    "guide": lambda logits, w: logits.chunk(2)[0] * w if w != 1 else logits,
-    "kl_k3": lambda logprobs, reference: logprobs - reference,
-    "p_no": lambda top: math.exp(dict((t.strip().lower(), p) for t, p in top).get("no", -math.inf)),
-    "dominated": lambda values, g: torch.zeros(len(values), dtype=torch.bool),
-    "successive_rejects": lambda race, keep, budget: race.best(keep),
+    "group_advantages": advantages_by_the_std_of_the_batch,
+    "apply_cfg": lambda logits, w: logits.chunk(2)[0] * w if w != 1 else logits,
+    "kl_k3": lambda logprobs, reference_logprobs: logprobs - reference_logprobs,
+    "prob_no": prob_no_of_one_spelling,
+    "dominated": lambda values_NK, group_size: torch.zeros(len(values_NK), dtype=torch.bool),
+    "successive_rejects": lambda race, keep, budget: list(race.scores)[:keep],
 }
 
 
-@pytest.mark.parametrize("blank", exercises.GRADERS, ids=lambda f: f.__name__)
-def test_the_code_itself_is_the_solution_and_a_mistake_is_found(blank):
-    grade = exercises.GRADERS[blank]
-    grade(SOLUTIONS[blank.__name__])
-    with pytest.raises(Exception):
-        grade(MISTAKES[blank.__name__])
+@pytest.mark.parametrize("exercise", exercises.GRADERS, ids=lambda function: function.__name__)
+def test_the_project_has_the_solution_and_a_mistake_is_found(exercise):
+    grade = exercises.GRADERS[exercise]
+    grade(SOLUTIONS[exercise.__name__])
+    with pytest.raises(AssertionError):
+        grade(MISTAKES[exercise.__name__])
 
 
-def test_the_sheet_has_a_verdict_for_each_blank(capsys, monkeypatch):
-    def empty(*_):
-        raise NotImplementedError
-
-    monkeypatch.setattr(
-        exercises,
-        "GRADERS",
-        {
-            empty: exercises.grade_kl_k3,
-            grpo.kl_k3: exercises.grade_kl_k3,
-            MISTAKES["kl_k3"]: exercises.grade_kl_k3,
-        },
-    )
+def test_each_exercise_gets_a_verdict(capsys, monkeypatch):
+    functions = (exercises.kl_k3, grpo.kl_k3, MISTAKES["kl_k3"])
+    graders = dict.fromkeys(functions, exercises.grade_kl_k3)
+    monkeypatch.setattr(exercises, "GRADERS", graders)
     exercises.main()
-    assert [line.split()[1].strip(":") for line in capsys.readouterr().out.splitlines()] == [
-        "not",
-        "right",
-        "wrong",
-    ]
+    verdicts = [line.split()[1].strip(":") for line in capsys.readouterr().out.splitlines()]
+    assert verdicts == ["not", "right", "wrong"]

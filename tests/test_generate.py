@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 import generate
+from training.pictures import write_pictures
 from training.prompts import load_prompts
 
 PROMPTS = [
@@ -104,7 +106,8 @@ def test_weights_are_float32_and_only_the_language_model_is_trained(policy):
 
 FILES = {
     "T2I-R1: JSONL called .json": (
-        '{"prompt": "a car", "nouns": ["car"], "task_type": "object"}\n{"prompt": "b", "task_type": "color"}',
+        '{"prompt": "a car", "nouns": ["car"], "task_type": "object"}\n'
+        '{"prompt": "b", "task_type": "color"}',
         [("0", "a car", "object"), ("1", "b", "color")],
     ),
     "GenEval: JSONL": (
@@ -184,6 +187,19 @@ def test_pictures_are_laid_out_as_geneval_reads_them_and_made_once(tmp_path, cap
     generate.main(cfg)
     assert {p: p.read_bytes() for p in root.rglob("*.png")} == before
     assert "1 pictures made, 3 were there already" in capsys.readouterr().out
+
+
+def test_a_setting_that_is_null_is_the_same_setting_next_time(tmp_path):
+    made = []
+
+    def sample_batch(prompts, keys):
+        made.extend(keys)
+        return [Image.new("RGB", (4, 4))] * len(prompts), [""] * len(prompts)
+
+    rows, settings = [{"id": "0", "prompt": "a star"}], {"seed": 1, "cfg_weight": None}
+    for _ in range(2):
+        write_pictures(rows, sample_batch, settings, tmp_path, 2, 8)
+    assert made == [(1, 0, 0, 0), (1, 0, 0, 1)]
 
 
 def test_pictures_of_another_prompt_are_never_taken_for_this_one(tmp_path, capsys):

@@ -7,14 +7,12 @@ import threading
 import time
 
 import pytest
-import torch
 import tyro
 from PIL import Image
 
 import artifact_reward
 import grpo
-import rewards
-from training import harness
+from reward_models.judge import ServedJudge
 
 NAN = math.nan
 
@@ -29,16 +27,16 @@ def test_every_spelling_of_yes_and_no_counts():
         ("YES", math.log(0.2)),
         ("Perhaps", math.log(0.1)),
     ]
-    assert artifact_reward.p_no(top) == pytest.approx(0.75)
+    assert artifact_reward.prob_no(top) == pytest.approx(0.75)
 
 
 def test_neither_yes_nor_no_is_no_score():
-    assert math.isnan(artifact_reward.p_no([("The", -0.1), ("I", -3.0)]))
-    assert math.isnan(artifact_reward.p_no([]))
+    assert math.isnan(artifact_reward.prob_no([("The", -0.1), ("I", -3.0)]))
+    assert math.isnan(artifact_reward.prob_no([]))
 
 
 def test_tiny_probabilities_do_not_vanish():
-    assert artifact_reward.p_no([("no", -1000.0), ("yes", -1000.0)]) == 0.5
+    assert artifact_reward.prob_no([("no", -1000.0), ("yes", -1000.0)]) == 0.5
 
 
 # --- a server that misbehaves on command
@@ -48,7 +46,7 @@ P_GOOD = 1 / (1 + math.exp(-1.6))
 
 
 class Judge(http.server.BaseHTTPRequestHandler):
-    """An OpenAI-compatible server. `behaviour` maps the number of a request (from 0) to what happens."""
+    """An OpenAI-compatible server. `behaviour`: number of a request (from 0) -> what happens."""
 
     behaviour, requests, times, lock = staticmethod(lambda n: "good"), [], [], threading.Lock()
 
@@ -149,8 +147,10 @@ def server(monkeypatch):
 
 
 def judged(url, n=1, timeout=0.5, **options):
-    judge = artifact_reward.ServedJudge([url], timeout=timeout, **options)
-    return artifact_reward.ask(judge, "Broken?", [Image.new("RGB", (8, 8))] * n), judge.failures
+    judge = ServedJudge([url], timeout=timeout, **options)
+    return artifact_reward.judge_images(
+        judge, "Broken?", [Image.new("RGB", (8, 8))] * n
+    ), judge.failures
 
 
 @pytest.mark.parametrize(
@@ -206,10 +206,10 @@ def test_a_hanging_request_does_not_hold_up_the_others(server):
 
 def test_several_servers_share_the_work(server):
     url = server()
-    judge = artifact_reward.ServedJudge([url, url + "/"])
-    assert artifact_reward.ask(judge, "Broken?", [Image.new("RGB", (8, 8))] * 6) == pytest.approx(
-        [P_GOOD] * 6
-    )
+    judge = ServedJudge([url, url + "/"])
+    assert artifact_reward.judge_images(
+        judge, "Broken?", [Image.new("RGB", (8, 8))] * 6
+    ) == pytest.approx([P_GOOD] * 6)
 
 
 def test_the_judge_sees_the_question_and_a_lossless_picture_and_not_the_prompt(server):
@@ -233,9 +233,6 @@ def test_a_question_is_a_text_of_any_length_or_a_file(tmp_path, capsys):
         artifact_reward.read_question(str(file))
     assert "is empty" in capsys.readouterr().err
     file.write_text("Any noise?\n")
-    cfg = grpo.Config(question=str(file))
-    harness.check(cfg, 1)
-    assert cfg.question == "Any noise?"  # so the run's config.json says what was asked
 
 
 def test_no_judge_at_the_address_is_said_before_anything_is_trained(capsys):
@@ -253,9 +250,9 @@ def test_a_model_that_is_not_served_is_refused(server, capsys):
 # --- a judge that is there, and wrong
 
 
-def test_the_canary_lives_with_the_tiny_judge(artifact):
+def test_the_tiny_judge_passes_the_sanity_check(artifact):
     artifact.check()
-    first, second = artifact_reward.canary(), artifact_reward.canary()
+    first, second = artifact_reward.sanity_images(), artifact_reward.sanity_images()
     assert [a.tobytes() for a in first] == [b.tobytes() for b in second] and first[
         0
     ].tobytes() != first[1].tobytes()
@@ -271,7 +268,8 @@ def test_a_judge_that_cannot_tell_torn_from_whole_is_not_trained_on(server, caps
 
 
 def test_a_dying_judge_stops_the_run_after_a_checkpoint_and_is_quoted(server, tmp_path, capsys):
-    """Ten requests go well, two for the canary, four for the first test, four for the first step; then it dies."""
+    """Ten requests go well, two for the sanity check, four for the first test, four for the first
+    step; then it dies."""
 
     def behaviour(n):
         return "400" if n >= 2 + 4 + 4 else "good"
@@ -299,7 +297,7 @@ def test_a_dying_judge_stops_the_run_after_a_checkpoint_and_is_quoted(server, tm
         patch.setattr(
             artifact_reward.ArtifactReward,
             "check",
-            lambda self: self([""] * 2, artifact_reward.canary()),
+            lambda self: self([""] * 2, artifact_reward.sanity_images()),
         )
         grpo.main(tyro.cli(grpo.Config, args=args))
     assert stop.value.code == 3 and "picture too large" in capsys.readouterr().err
@@ -307,28 +305,11 @@ def test_a_dying_judge_stops_the_run_after_a_checkpoint_and_is_quoted(server, tm
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000002"]
 
 
-# --- while the judge thinks
-
-
-def test_a_remote_reward_works_while_the_policy_does():
-    class Slow:
-        remote = True
-
-        def __call__(self, prompts, images, metadata=None):
-            time.sleep(0.4)
-            return torch.ones(len(images))
-
-    start = time.monotonic()
-    pending = rewards.start_scoring({"a": Slow(), "b": Slow()}, ["p"], [None])
-    time.sleep(0.4)  # the policy's own work
-    assert pending()["b"].tolist() == [1.0] and time.monotonic() - start < 0.7  # not 1.2
-
-
 # --- the command line
 
 
 def test_the_answer_can_be_looked_at(tmp_path, capsys):
-    for name, image in zip(("whole", "torn"), artifact_reward.canary()):
+    for name, image in zip(("whole", "torn"), artifact_reward.sanity_images()):
         image.save(tmp_path / f"{name}.png")
     args = [
         str(tmp_path / "whole.png"),
@@ -339,7 +320,8 @@ def test_the_answer_can_be_looked_at(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         artifact_reward.main(tyro.cli(artifact_reward.Config, args=args))
     page = (tmp_path / "page.html").read_text()
-    assert stop.value.code == 0 and page.count("data:image/png") == 2 and "&#x27;yes&#x27;" in page
+    assert stop.value.code == 0 and page.count("data:image/png") == 2
+    assert "&#39;yes&#39;" in page  # escaped, like every text in a page
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 

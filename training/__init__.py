@@ -1,0 +1,1 @@
+"""What surrounds the loop of grpo.py: flags, prompts, run folder, log, and several processes."""

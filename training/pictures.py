@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from training.files import atomic
-from training.records import read_jsonl, write_jsonl
+from training.records import write_jsonl
 
 STRIP = 12  # pictures in the strip of fixed prompts
 COLUMNS = 16  # pictures in a row of a sheet
@@ -90,8 +90,10 @@ def write_pictures(
     stopped: the manifest is whole after each batch."""
     root = Path(output_dir)
     manifest = root / "manifest.jsonl"
-    known = read_jsonl(manifest) if manifest.exists() else []
-    entries, todo, replaced = {entry["path"]: entry for entry in known}, [], 0
+    lines = manifest.read_text(encoding="utf-8").splitlines() if manifest.exists() else []
+    # Not read_jsonl: a setting that is null must stay equal to itself, and NaN is not.
+    entries = {entry["path"]: entry for entry in map(json.loads, lines)}
+    todo, replaced = [], 0
     for i, row in enumerate(rows):
         with atomic(root / f"{i:05d}" / "metadata.jsonl") as file:
             file.write(json.dumps(row))

@@ -179,8 +179,8 @@ class Run:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             self.policy.save(partial, weights)
-            if self.policy.adapter:
-                self.policy.adapter.save_pretrained(partial)
+            if self.policy.adapter:  # in a folder of its own: from_pretrained would add it again
+                self.policy.adapter.save_pretrained(partial / "lora")
             for name, value in tensors.items():
                 torch.save(value, partial / f"{name}.pt")
             (partial / "README.md").write_text(model_card(self.folder, self.step))

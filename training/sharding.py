@@ -122,12 +122,14 @@ def add_lora(policy, rank, seed=0):
     return policy
 
 
-def load_lora(policy, folder):
-    """The matrices that `policy.adapter.save_pretrained` wrote into this folder."""
+def load_lora(policy, checkpoint):
+    """The matrices that a checkpoint keeps beside the merged weights."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    set_peft_model_state_dict(policy.adapter, load_file(folder / "adapter_model.safetensors"))
+    set_peft_model_state_dict(
+        policy.adapter, load_file(checkpoint / "lora/adapter_model.safetensors")
+    )
 
 
 @contextlib.contextmanager
