@@ -370,6 +370,11 @@ def load_policies(cfg, checkpoint=None):
     return policy, reference
 
 
+def make_optimizer(policy, cfg):
+    """AdamW without weight decay: the KL penalty already pulls towards the reference policy."""
+    return torch.optim.AdamW(trainable(policy), cfg.learning_rate, (0.9, 0.99), weight_decay=0)
+
+
 def load_rewards(cfg, weights, heldout, rows):
     """Load every reward; refuse a judge or reference pictures that cannot be trained on."""
     adversary = {"references": cfg.references, "steps": cfg.adversary_steps}
@@ -402,8 +407,7 @@ def main(cfg):
 
     policy, reference = load_policies(cfg, checkpoint)
     rewards = load_rewards(cfg, weights, heldout, rows)
-    # No weight decay: the KL penalty already pulls towards the reference policy.
-    optimizer = torch.optim.AdamW(trainable(policy), cfg.learning_rate, (0.9, 0.99), weight_decay=0)
+    optimizer = make_optimizer(policy, cfg)
     run = run_folder.Run(folder, policy, rewards, optimizer, cfg.save_total_limit)
     run.load(checkpoint)  # the optimizer and the counters, if there is a checkpoint
     log, stop = Log(cfg, folder, run.step, weights, heldout), stopping.StopSignal()

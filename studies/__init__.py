@@ -1,0 +1,1 @@
+"""What is done with the method: comparing cures, measuring speed, explaining, exercises, maps."""

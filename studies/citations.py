@@ -1,114 +1,103 @@
-"""From paper to code: every citation in the comments, with the function it stands in; and the files in reading order.
+"""Tables for the README and docs/code.md: the files in reading order, and from paper to code.
 
-A comment that cites a paper stands where that paper's idea is, and a file's first line says what it is about: so neither
-map need be kept by hand, or can be out of date. Both stand in the README, where `cog` puts them, and what else of it a
-command can print; a test compares.
+A citation in a comment stands where the paper's idea is used, and the first line of a file says
+what it is about. So these tables are computed from the code and cannot be out of date.
 
-Run:   python citations.py
-       cog -r README.md
+Run:   python -m studies.citations
+       cog -r README.md docs/code.md     write them into the documents
 
-You should see:  two tables, a row a file and a row a paper.
+You should see:  four tables: the scripts, the rooms, all files, the papers.
 
 Read next: any row
 """
 
 import ast
+import json
 import re
 from collections import defaultdict
-from pathlib import Path
 
-from evaluation.pages import markdown
-from training.files import HERE
+from evaluation.tables import markdown
+from training.files import ROOT
 
-TITLES = {
-    "2601.03468": "Understanding Reward Hacking in T2I RL (ArtifactReward)",
-    "2505.00703": "T2I-R1, BiCoT-GRPO",
-    "2511.20256": "The Image as Its Own Reward (Adv-GRPO)",
-    "2402.03300": "DeepSeekMath (GRPO)",
-    "2503.20783": "Dr.GRPO",
-    "2304.06767": "RAFT",
-    "2501.17811": "Janus-Pro",
-    "2305.03495": "ProTeGi",
-    "2210.10760": "Scaling laws for reward over-optimization",
-    "2306.09341": "HPS v2",
-    "2305.01569": "PickScore",
-    "2304.05977": "ImageReward",
-    "2305.13301": "DDPO",
-    "2303.05499": "GroundingDINO",
-    "2205.14100": "GIT",
-    "2204.08958": "MANIQA",
-    "2501.11561": "DeQA-Score",
-    "2503.05236": "UnifiedReward",
-    "2404.01291": "VQAScore",
-    "2310.02743": "Reward model ensembles (Coste et al.)",
-    "2401.05675": "Parrot (Pareto)",
-    "2310.04373": "Constrained RLHF",
-    "2106.09685": "LoRA",
-    "2104.14294": "DINO",
-    "2111.07832": "iBOT",
-    "2304.07193": "DINOv2",
-    "2503.07265": "WISE",
-}
+SCRIPTS = "grpo generate rewards artifact_reward apo evaluate adversarial_reward".split()
+ROOMS = "training evaluation reward_models tiny_world studies".split()
+# arXiv number -> title of every paper that the code cites
+TITLES = json.loads((ROOT / "studies/papers.json").read_text(encoding="utf-8"))
+LINES_PER_MINUTE = 20  # code that is read line by line, with its comments
+
+
+def files_in(room):
+    return [path for path in sorted((ROOT / room).glob("*.py")) if path.name != "__init__.py"]
+
+
+def all_files():
+    """Every file of the product: the scripts in reading order, then room by room."""
+    scripts = [ROOT / f"{name}.py" for name in SCRIPTS]
+    return scripts + [path for room in ROOMS for path in files_in(room)]
+
+
+def first_line(path):
+    """The first paragraph of a file's docstring, on one line."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    return docstring.split("\n\n")[0].replace("\n", " ")
+
+
+def row_of(path):
+    minutes = round(len(path.read_text(encoding="utf-8").splitlines()) / LINES_PER_MINUTE)
+    name = f"`{path.relative_to(ROOT).as_posix()}`"
+    return {"file": name, "what": first_line(path), "minutes": max(1, minutes)}
+
+
+def scripts_table():
+    return markdown([row_of(path) for path in all_files()[: len(SCRIPTS)]])
+
+
+def files_table():
+    return markdown([row_of(path) for path in all_files()])
+
+
+def rooms_table():
+    rows = []
+    for room in ROOMS:
+        files = ", ".join(f"`{path.name}`" for path in files_in(room))
+        what = first_line(ROOT / room / "__init__.py")
+        rows.append({"room": f"`{room}/`", "what": what, "files": files})
+    return markdown(rows)
 
 
 def place(tree, line):
-    """The innermost class or function around a line, as Class.function; "" for the file's header."""
-    found = ""
+    """The innermost class or function around a line, as Class.function; "" outside of all."""
     for node in ast.iter_child_nodes(tree):
-        if (
-            isinstance(node, (ast.FunctionDef, ast.ClassDef))
-            and node.lineno <= line <= node.end_lineno
-        ):
+        is_definition = isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        if is_definition and node.lineno <= line <= node.end_lineno:
             inner = place(node, line)
-            found = f"{node.name}.{inner}" if inner else node.name
-    return found
+            return f"{node.name}.{inner}" if inner else node.name
+    return ""
 
 
 def citations():
-    """paper -> the places that cite it, in the order of the files."""
-    places = defaultdict(list)
-    for path in sorted(Path(HERE).glob("*.py")):
-        if path.name == Path(__file__).name:
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    """arXiv number -> the places that cite it, in the order of the files."""
+    places = defaultdict(dict)  # dicts as ordered sets
+    for path in all_files():
+        text, file = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
+        tree = ast.parse(text)
+        for number, line in enumerate(text.splitlines(), 1):
             for paper in re.findall(r"arXiv:(\d{4}\.\d{5})", line):
-                where = f"`{path.name}`" + (f" {name}" if (name := place(tree, number)) else "")
-                if where not in places[paper]:
-                    places[paper].append(where)
+                places[paper][f"`{file}` {place(tree, number)}".strip()] = True
     return places
 
 
-READING = """files generate rewards artifact_reward grpo evaluate hacking report apo bandits adversarial_reward painters contest
-    tiny tiny_train tiny_rewards tiny_dino harness scale explain exercises alignment_rewards vlm_rewards maniqa serving layouts
-    wise bench citations""".split()
-PACE = 20  # lines a minute: code whose every line is meant, with its comments
+def papers_table():
+    found = citations()
+    order = sorted(found, key=list(TITLES).index)  # ValueError: papers.json lacks a title
+    titles = {paper: f"{TITLES[paper]}, arXiv:{paper}" for paper in order}
+    return markdown([{"paper": titles[p], "where": ", ".join(found[p])} for p in order])
 
 
-def reading_order():
-    rows = []
-    for name in READING:
-        text = (HERE / f"{name}.py").read_text(encoding="utf-8")
-        about = ast.get_docstring(ast.parse(text)).splitlines()[0]
-        rows.append(
-            {
-                "file": f"`{name}.py`",
-                "what": about,
-                "minutes": max(1, round(len(text.splitlines()) / PACE)),
-            }
-        )
-    return markdown(rows)
-
-
-def table():
-    rows = [
-        {"paper": f"{TITLES[paper]}, arXiv:{paper}", "where": ", ".join(where)}
-        for paper, where in sorted(
-            citations().items(), key=lambda entry: list(TITLES).index(entry[0])
-        )
-    ]
-    return markdown(rows)
+def main():
+    for table in (scripts_table, rooms_table, files_table, papers_table):
+        print(table() + "\n")
 
 
 if __name__ == "__main__":
-    print("\n".join([*reading_order(), "", *table()]))
+    main()

@@ -1,247 +1,142 @@
-"""One step of GRPO as a story: one prompt, one group, every number on the way from a text to a gradient.
+"""One step of GRPO, printed number by number: from a prompt to a change of probability.
 
-And one picture of it: the same group, with the same noise, painted by the policy before and after training, ranked, with
-rewards and advantages under each picture.
+It takes the first step of a run as grpo.py does, with all prompts of the step, and tells what
+happens to the first group. Only a page is saved. The text is in explain.txt.
 
-Run:   python grpo.py --explain                 or with any other flags of grpo.py: --rewards, --model, --advantage ...
-       python explain.py runs/tiny_hps_seed1 runs/tiny_hps+artifact_seed1 --prompt "a red star and a blue circle"
+Run:   python -m studies.explain --rewards hps        with any flags of grpo.py
+       python -m studies.explain --rewards hps,artifact --advantage global
 
-You should see:  the story on the screen, shapes included, and runs/explain.html with the pictures; or docs/group.png.
+You should see:  seven numbered paragraphs with the shapes of the tensors, the last with a
+correlation near 1, and a table of the group. runs/explain.html shows its pictures, too.
 
-Read next: grpo.py, where the same happens without talking.
+Read next: grpo.py, `train_step`
 """
 
-import html
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated
 
 import torch
 import tyro
-from PIL import Image
+from markupsafe import Markup
 
-import generate
 import grpo
-import rewards as reward_models
-from evaluation import pages as report
-from training import harness
-from training.files import atomic, checkpoints, usage_error
+import rewards as reward_lib
+from artifact_reward import read_question
+from evaluation import pages
+from evaluation.tables import markdown
+from generate import Rollouts
+from training import checks
+from training.files import atomic
+from training.log import Stopwatch
+from training.policy import Policy, trainable
+from training.prompts import jobs_of_step
 
-
-def one_step(cfg, group=0):
-    """The first step of a run, for one of its groups, and all that is computed on the way."""
-    weights, held_out, rows, _ = harness.check(cfg, 1)
-    device, dtype = generate.pick_device(cfg.device, cfg.dtype)
-    policy, reference = harness.load_policies(cfg, None, device, dtype)
-    train_on, watch = (
-        harness.load_rewards(weights, cfg, device),
-        harness.load_rewards(held_out, cfg, device),
-    )
-    place, G = grpo.prompts_of_step(rows, 0, cfg)[group], cfg.num_generations
-    rollouts = grpo.rollout(policy, rows, [(place, k) for k in range(G)], 0, cfg)
-    scores = reward_models.score(
-        train_on | watch, rollouts.prompts, rollouts.images, [rows[place]] * G
-    )
-    total = reward_models.combine(
-        scores, weights, G, cfg.combine, {name: 1.0 for name in list(weights)[1:]}
-    )
-    advantages = grpo.group_advantages(total, G, cfg.advantage)
-    old = grpo.all_logprobs(policy, rollouts, cfg)
-    before = grpo.reference_logprobs(policy, reference, rollouts, cfg)
-    loss = grpo.grpo_loss(
-        old,
-        old,
-        before,
-        advantages.to(policy.device),
-        rollouts.mask,
-        cfg.beta,
-        cfg.epsilon,
-        cfg.epsilon_high,
-    )
-    optimizer = torch.optim.AdamW(
-        grpo.trainable(policy), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0
-    )
-    metrics = grpo.update(policy, before, optimizer, rollouts, advantages, cfg)
-    change = ((grpo.all_logprobs(policy, rollouts, cfg) - old) * rollouts.mask).sum(1).cpu()
-    return SimpleNamespace(**locals())
-
-
-def table_of(s):
-    """A line a picture, the best first."""
-    return [
-        {
-            "picture": s.rollouts.images[i],
-            "thought": s.rollouts.thoughts[i],
-            **{name: s.scores[name][i].item() for name in (*s.weights, *s.held_out)},
-            "total": s.total[i].item(),
-            "advantage": s.advantages[i].item(),
-            "log p before": (s.old[i] * s.rollouts.mask[i]).sum().item(),
-            "change of log p": s.change[i].item(),
-        }
-        for i in s.advantages.argsort(descending=True).tolist()
-    ]
-
-
-def story(s, table):
-    """What happened in that step, paragraph by paragraph."""
-    cfg, r, mask, (G, C) = s.cfg, s.rollouts, s.rollouts.mask, s.rollouts.thought_ids.shape
-    yield f'1. The prompt:  "{r.prompts[0]}"'
-    yield f"2. The policy answers it {G} times: a group. Each time it thinks, then paints."
-    yield (
-        f"   thought tokens {(G, C)}, of which {r.thought_mask.sum(1).tolist()} are words it chose; the rest is padding"
-    )
-    yield (
-        f"   picture tokens {tuple(r.image_ids.shape)}: {s.policy.grid} x {s.policy.grid} numbers below "
-        f"{s.policy.model.config.vq_config.num_embeddings}; the first picture begins {r.image_ids[0, :8].tolist()}"
-    )
-    yield (
-        f"3. Rewards that train: {', '.join(f'{w:g} x {n}' for n, w in s.weights.items())}, combined by {cfg.combine!r}. "
-        f"Only watched: {', '.join(s.held_out) or 'nothing'}."
-    )
-    formula = {"group": " / (deviation + 1e-4)", "global": " / (deviation of all + 1e-4)"}.get(
-        cfg.advantage, ""
-    )
-    yield (
-        f"   mean of the group {s.total.nanmean():.3f}, deviation {s.total[s.total.isfinite()].std():.3f}; advantage = "
-        + (
-            "1 for the best, 0 for the others"
-            if cfg.advantage == "best"
-            else f"(reward - mean){formula}"
-        )
-    )
-    yield f"4. Log-probabilities of exactly these tokens: {tuple(s.old.shape)}, thought and picture in one row."
-    thought, picture = (
-        (s.old * mask)[:, part].sum(1).mean() for part in (slice(C), slice(C, None))
-    )
-    yield (
-        f"   a thought of the group has {thought:.1f} nats on average, a picture {picture:.1f}; the reference says the same, "
-        f"for nothing has been learned yet: KL {grpo.kl_k3(s.old, s.before)[mask].sum() / G:.6f}"
-    )
-    yield (
-        f"5. Ratio pi / pi_old = 1 everywhere; loss = mean over {int(mask.sum())} tokens of -advantage + beta KL = "
-        f"{s.loss.sum() / mask.sum():.4f}. About 0, as advantages are, and yet:"
-    )
-    yield (
-        f"6. its gradient is not 0 (norm {s.metrics['grad_norm']:.3f}). One step of AdamW at {cfg.learning_rate:g} later, "
-        f"the log-probability of each rollout has changed as in the last column:"
-    )
-    yield (
-        "\n"
-        + "\n".join(
-            report.markdown([{k: v for k, v in line.items() if k != "picture"} for line in table])
-        )
-        + "\n"
-    )
-    agree = torch.corrcoef(torch.stack([s.advantages, s.change]))[0, 1]
-    yield (
-        f"7. Better pictures became likelier, worse ones less likely: the correlation of the two columns is {agree:+.2f}. "
-        "Do that a hundred times, with other prompts, and the policy is what the reward wanted."
-    )
-
-
-def explain(cfg):
-    """Tell the first step's first group. Nothing is saved but the page."""
-    step = one_step(cfg)
-    table, told = table_of(step), []
-    for text in story(step, table):
-        print(text)
-        told += (
-            [] if "|" in text else [f"<p>{html.escape(text.strip())}</p>"]
-        )  # the page has a table with pictures
-    page = Path(cfg.output_dir) / "explain.html"
-    with atomic(page) as file:
-        file.write(report.page("One step of GRPO", "".join(told) + report.table(table)))
-    print(f"\nlook at {page}")
-
-
-# --- one group, before and after -------------------------------------------------------------------
+RULES = {  # --advantage -> how the advantage is computed
+    "group": "(reward - mean) / (deviation + 1e-4)",
+    "global": "(reward - mean) / (deviation + 1e-4)",
+    "none": "reward - mean",
+    "best": "1 for the best of the group, 0 for the others",
+}
 
 
 @dataclass
-class Config:
-    runs: Annotated[
-        tuple[str, ...], tyro.conf.Positional
-    ]  # run folders, a row each below the policy before RL
-    prompt: str = "a red star and a blue circle"
-    pictures: int = 8  # the group
-    seed: int = 1
-    figure: str = "docs/group.png"
+class Step:
+    """A step of training: N rollouts, S tokens of each, group after group."""
+
+    policy: Policy  # after the update
+    rewards: reward_lib.Rewards
+    rollouts: Rollouts
+    scores: dict  # name -> (N,), "total" and "advantage" among them
+    metrics: dict
+    old_NS: torch.Tensor  # log-probabilities before the update
+    reference_NS: torch.Tensor  # those of the reference policy
+    new_NS: torch.Tensor  # those after the update
 
 
-def group_row(name, folder, weights, how, cfg):
-    """The group of one policy: (title, [(picture, {reward: score}, advantage)], best first). weights, how: as it was
-    trained, which is how its advantages are made."""
-    policy = generate.load_policy(folder)
-    row = {"id": "0", "prompt": cfg.prompt}
-    keys = [(cfg.seed, 0, 0, k) for k in range(cfg.pictures)]
-    rollouts = generate.sample(policy, [cfg.prompt] * cfg.pictures, keys)
-    names = dict.fromkeys([*weights, "hps", "artifact", "gold-clean"])
-    scores = reward_models.score(
-        {n: reward_models.load(n, checkpoint="tiny") for n in names},
-        rollouts.prompts,
-        rollouts.images,
-        [row] * cfg.pictures,
+def first_step(cfg):
+    """Take the first step of a run with these flags, as grpo.main does."""
+    checks.fill_presets(cfg)
+    cfg.question = read_question(cfg.question)
+    weights, heldout = reward_lib.check_roles(cfg.rewards, cfg.eval_rewards, cfg.combine)
+    rows, _ = checks.check_flags(cfg, len(weights), 1)
+    policy, reference = grpo.load_policies(cfg)
+    rewards = grpo.load_rewards(cfg, weights, heldout, rows)
+    optimizer = torch.optim.AdamW(
+        trainable(policy), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0
     )
-    total = reward_models.combine(scores, weights, cfg.pictures, how, dict.fromkeys(weights, 1.0))
-    advantages = grpo.group_advantages(total, cfg.pictures)
-    order = advantages.argsort(descending=True).tolist()
-    return name, [
-        (rollouts.images[i], {n: scores[n][i].item() for n in names}, advantages[i].item())
-        for i in order
-    ]
-
-
-def group_figure(rows, cfg):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        len(rows), cfg.pictures, figsize=(1.45 * cfg.pictures, 2.45 * len(rows)), squeeze=False
+    rollouts = grpo.rollout(policy, rows, jobs_of_step(rows, 0, cfg), 0, cfg)
+    old_NS = grpo.all_logprobs(policy, rollouts, cfg)
+    reference_NS = grpo.reference_logprobs(policy, reference, rollouts, cfg)
+    scores, metrics = grpo.train_step(
+        policy, reference, rewards, optimizer, rollouts, rows, 0, cfg, Stopwatch()
     )
-    figure.suptitle(
-        f'"{cfg.prompt}", the same noise; a row is a group, the best first', fontsize=11
-    )
-    for line, (title, group) in zip(axes, rows):
-        for axis, (picture, scores, advantage) in zip(line, group):
-            axis.imshow(picture.resize((128, 128), Image.NEAREST))
-            told = "\n".join(
-                f"{name.replace('gold-clean', 'whole')} {value:.2f}"
-                for name, value in scores.items()
-            )
-            axis.set_xlabel(f"{told}\nA {advantage:+.2f}", fontsize=8)
-            axis.set(xticks=[], yticks=[])
-        line[0].set_title(title, fontsize=10, loc="left")
-    figure.tight_layout()
-    with atomic(cfg.figure, "wb") as file:
-        figure.savefig(file, format="png", dpi=80)
-    plt.close(figure)
+    new_NS = grpo.all_logprobs(policy, rollouts, cfg)
+    return Step(policy, rewards, rollouts, scores, metrics, old_NS, reference_NS, new_NS)
+
+
+def group_rows(step, cfg):
+    """Rows of a table: the pictures of the first group, the highest advantage first."""
+    mask, scores = step.rollouts.mask, step.scores
+    before = torch.where(mask, step.old_NS, 0.0).sum(1).tolist()
+    change = torch.where(mask, step.new_NS - step.old_NS, 0.0).sum(1).tolist()
+    rows = []
+    for i in scores["advantage"][: cfg.num_generations].argsort(descending=True).tolist():
+        row = {"picture": step.rollouts.images[i], "thought": step.rollouts.thoughts[i]}
+        row |= {name: values[i].item() for name, values in scores.items()}
+        rows.append(row | {"log p before": before[i], "change of log p": change[i]})
+    return rows
+
+
+def numbers(step, rows, cfg):
+    """What explain.txt names: name -> value."""
+    G, total = cfg.num_generations, step.scores["total"]
+    group, old, reference = step.rollouts[:G], step.old_NS[:G], step.reference_NS[:G]
+    C, sampled = group.thought_ids.shape[1], torch.where(group.mask, old, 0.0)
+    weights = (cfg.beta, cfg.epsilon, cfg.epsilon_high)
+    advantages = step.scores["advantage"][:G].to(old.device)
+    loss = grpo.grpo_loss(old, old, reference, advantages, group.mask, *weights)
+    whole_step = cfg.advantage == "global"
+    known = total[total.isfinite()] if whole_step else total[:G][total[:G].isfinite()]
+    columns = [[row[name] for row in rows] for name in ("advantage", "change of log p")]
+    trained = [f"{weight:g} x {name}" for name, weight in step.rewards.weights.items()]
+    return {
+        "thought_shape": tuple(group.thought_ids.shape),
+        "sampled": group.thought_mask.sum(1).tolist(),
+        "picture_shape": tuple(group.image_ids.shape),
+        "grid": step.policy.grid,
+        "codebook": step.policy.model.config.vq_config.num_embeddings,
+        "first_tokens": group.image_ids[0, :8].tolist(),
+        "trained": ", ".join(trained),
+        "heldout": ", ".join(step.rewards.heldout) or "nothing",
+        "mean": total[:G].nanmean(),
+        "over": "the whole step" if whole_step else "the group",
+        "known": len(known),
+        "deviation": known.std(),
+        "rule": RULES[cfg.advantage],
+        "logprobs_shape": tuple(old.shape),
+        "thought_nats": sampled[:, :C].sum(1).mean(),
+        "picture_nats": sampled[:, C:].sum(1).mean(),
+        "kl": grpo.kl_k3(old, reference)[group.mask].sum() / G,
+        "tokens": group.mask.sum(),
+        "loss": loss.sum() / group.mask.sum(),
+        "agreement": torch.corrcoef(torch.tensor(columns))[0, 1],
+    }
 
 
 def main(cfg):
-    rows = [group_row("before training; advantages by hps", "tiny", {"hps": 1.0}, "sum", cfg)]
-    for run in map(Path, cfg.runs):
-        if not checkpoints(run):
-            usage_error(
-                f"{run}: no checkpoints/step-* in it; give run folders that grpo.py has made"
-            )
-        flags = json.loads((run / "config.json").read_text())["flags"]
-        weights = reward_models.parse(flags["rewards"])
-        rows.append(
-            group_row(
-                f"after GRPO on {flags['rewards']}",
-                str(checkpoints(run)[-1]),
-                weights,
-                flags["combine"],
-                cfg,
-            )
-        )
-    group_figure(rows, cfg)
-    print(f"look at {cfg.figure}")
+    step = first_step(cfg)
+    rows = group_rows(step, cfg)
+    named = {"cfg": cfg, "group": step.rollouts, "metrics": step.metrics}
+    template = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
+    text = template.format(**named, **numbers(step, rows, cfg))
+    print(text)
+    print(markdown([{k: v for k, v in row.items() if k != "picture"} for row in rows]))
+    body = Markup().join(Markup("<p>{}</p>\n").format(part) for part in text.split("\n\n"))
+    page = Path(cfg.output_dir) / "explain.html"
+    with atomic(page) as file:
+        file.write(pages.page("One step of GRPO", body + pages.table(rows)))
+    print(f"\nlook at {page}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(grpo.Config, description=__doc__))
