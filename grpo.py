@@ -251,11 +251,8 @@ def update_policy(policy, reference_NS, optimizer, rollouts, advantages, cfg):
             # sampler gave: in bfloat16 the two differ, and guidance multiplies the difference.
             if repetition == 0:
                 old.append(logprobs.detach())
-            ranges = (cfg.epsilon, cfg.epsilon_high)
-            loss = grpo_loss(
-                logprobs, old[i], reference_NS[b], advantages[b], mask[b], cfg.beta, *ranges
-            )
-            loss = loss.sum() / tokens
+            batch = (logprobs, old[i], reference_NS[b], advantages[b], mask[b])
+            loss = grpo_loss(*batch, cfg.beta, cfg.epsilon, cfg.epsilon_high).sum() / tokens
             loss.backward()
             ratio = (logprobs.detach() - old[i]).exp()
             outside = (ratio < 1 - cfg.epsilon) | (ratio > 1 + cfg.epsilon_high)

@@ -4,7 +4,7 @@ A citation in a comment stands where the paper's idea is used, and the first lin
 what it is about. So these tables are computed from the code and cannot be out of date.
 
 Run:   python -m studies.citations
-       cog -r README.md docs/code.md     write them into the documents
+       cog -r -I . README.md docs/*.md     write them into the documents
 
 You should see:  four tables: the scripts, the rooms, all files, the papers.
 
