@@ -52,7 +52,7 @@ def training_grid(run, path, rows=11):
 
 
 def hacking_figure(runs, path):
-    """Draw all training rewards and watched scores, a column each; a colour for each reward set.
+    """Draw all training rewards and held-out scores, a column each; a colour for each reward set.
 
     Above: against the step, mean and 95 % band over seeds. Middle: against sqrt(KL), a line for
     each seed, and best-of-n of the base policy. Below: the same prompts and noise before and
@@ -65,8 +65,8 @@ def hacking_figure(runs, path):
     groups = hacking.runs_by_rewards(runs)
     configs = [records.config for members in groups.values() for _, records in members]
     proxies = dict.fromkeys(name for c in configs for name in names_in(c, "rewards"))
-    watched = dict.fromkeys(name for c in configs for name in names_in(c, "eval_rewards"))
-    panels = list(proxies) + [n if n != "gold-clean" else "artifact-free" for n in watched]
+    heldout = dict.fromkeys(name for c in configs for name in names_in(c, "eval_rewards"))
+    panels = list(proxies) + [n if n != "gold-clean" else "artifact-free" for n in heldout]
     figure = plt.figure(figsize=(3 * len(panels), 7.5 + 0.8 * len(groups)), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[6.5, 0.8 * (1 + len(groups))])
     axes = above.subplots(2, len(panels), squeeze=False)
@@ -75,7 +75,7 @@ def hacking_figure(runs, path):
         for number, (trained, members) in enumerate(groups.items()):
             draw_steps(by_step, name, members, f"C{number}")
             draw_distances(by_kl, name, trained, members, f"C{number}")
-        by_step.set_title(f"{name} ({'a proxy' if name in proxies else 'only watched'})", size=10)
+        by_step.set_title(f"{name} ({'a proxy' if name in proxies else 'held out'})", size=10)
         for axis, label in ((by_step, "step"), (by_kl, "sqrt(KL to the base policy)")):
             axis.set_xlabel(label)
             axis.grid(alpha=0.3)
@@ -155,7 +155,7 @@ def report_page(run):
         "Which reward dominates the advantage": hacking.reward_drivers(run),
         "Means over the test prompts, test by test": tests,
     }
-    intro = "<p><code>{}</code></p>\n<p>Trained on {}. The other scores were only watched. {}</p>\n"
+    intro = "<p><code>{}</code></p>\n<p>Trained on {}. The other scores are held out. {}</p>\n"
     intro = Markup(intro).format(config["command"], ", ".join(trained), verdict)
     with atomic(page) as file:
         file.write(pages.page(run.name, intro + pages.sections(contents)))

@@ -140,7 +140,7 @@ def reward_drivers(run, steps=10):
     for title, chosen in (("first", files[:steps]), ("last", files[-steps:])):
         records = [record for file in chosen for record in read_jsonl(file)]
         for name in [*trained, *names_in(config, "eval_rewards")] if records else []:
-            role = "trains" if name in trained else "only watched"
+            role = "trains" if name in trained else "held out"
             row = {"steps": f"{title} {len(chosen)}", "reward": name, "role": role}
             rows.append(row | group_statistics(records, name, G))
     return rows

@@ -28,7 +28,7 @@ from generate import Rollouts
 from training import checks
 from training.files import atomic
 from training.log import Stopwatch
-from training.policy import Policy, trainable
+from training.policy import Policy
 from training.prompts import jobs_of_step
 
 RULES = {  # --advantage -> how the advantage is computed
@@ -61,9 +61,7 @@ def first_step(cfg):
     rows, _ = checks.check_flags(cfg, len(weights), 1)
     policy, reference = grpo.load_policies(cfg)
     rewards = grpo.load_rewards(cfg, weights, heldout, rows)
-    optimizer = torch.optim.AdamW(
-        trainable(policy), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0
-    )
+    optimizer = grpo.make_optimizer(policy, cfg)
     rollouts = grpo.rollout(policy, rows, jobs_of_step(rows, 0, cfg), 0, cfg)
     old_NS = grpo.all_logprobs(policy, rollouts, cfg)
     reference_NS = grpo.reference_logprobs(policy, reference, rollouts, cfg)

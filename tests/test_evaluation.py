@@ -416,7 +416,7 @@ def test_the_reward_with_the_largest_spread_dominates(tmp_path):
     hps, gold = first["hps"], first["gold"]
     assert hps["std within a group"] == pytest.approx(math.sqrt(0.25 + 0.1225))
     assert hps["correlation with the advantage"] > 0.9 and hps["ties"] == 0
-    assert gold["ties"] == 0.5 and gold["role"] == "only watched" and gold["steps"] == "first 1"
+    assert gold["ties"] == 0.5 and gold["role"] == "held out" and gold["steps"] == "first 1"
 
 
 def test_the_table_over_seeds_by_hand(tmp_path):
