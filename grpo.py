@@ -76,7 +76,8 @@ class Config:
     cot: bool = True  # write a thought before drawing, and train the thought too
     max_thought: int = 64  # longest thought, in tokens
     cfg_weight: float | None = None  # guidance weight w of sampling [tiny: 1, Janus-Pro: 5]
-    guidance: Literal["guided", "cond", "none"] = "guided"  # see `guidance_weights`
+    # log-probabilities: guided as sampled (exact), cond without guidance (as released), none at all
+    guidance: Literal["guided", "cond", "none"] = "guided"
 
     seed: int = 42  # with step, prompt and sample number, all the randomness there is
     micro_batch: int = 64  # rollouts in one forward and backward pass
