@@ -3,8 +3,8 @@ arXiv:2511.20256).
 
 A fixed reward model has fixed blind spots, and RL finds them. So let the reward learn. A
 discriminator D sees reference pictures of the prompts and the policy's own pictures, and learns to
-tell them apart. The reward of a picture is how much it looks like a reference to D. A trick that
-the policy learns is in the next rollouts, where D learns to recognise it.
+tell them apart. The reward of a picture is how much it looks like a reference to D. If the
+policy finds a trick, D sees it in the next rollouts and learns to reject it.
 
     loss   = hinge(D(class token)) + .3 hinge(D(patches)),
              hinge = 1/2 mean relu(1 - D(reference)) + 1/2 mean relu(1 + D(generated))
@@ -12,7 +12,7 @@ the policy learns is in the next rollouts, where D learns to recognise it.
 
 D is a small head on a frozen DINOv2, whose features were learned without labels and do represent
 structure. A second kind (adversarial-pickscore) trains the last layers of a preference model, by
--log sigmoid(s(reference) - s(generated)). Such a reward is silent about what D cannot tell apart,
+-log sigmoid(s(reference) - s(generated)). Such a reward ignores what D cannot distinguish,
 and it pulls towards *everything* that sets the references apart, their style included.
 
 Run:   torchrun grpo.py --rewards hps,adversarial --combine normalized
@@ -21,10 +21,10 @@ Run:   torchrun grpo.py --rewards hps,adversarial --combine normalized
 
 You should see:  in metrics.jsonl adversarial/accuracy, how often D scores the reference above the
 policy's picture of the same prompt: .5 at first, above .8 after five steps, and still there after
-fifty. D learns faster than the policy. How good the policy becomes is for gold to say.
+fifty. D learns faster than the policy. Gold measures how good the policy becomes.
 
 Left out: discriminators on StyleGAN's, SigLIP's and DINO's middle layers (all in the released
-code).   Read next: apo.py
+code).   Read next: tiny_world/world.py
 """
 
 import json
@@ -45,7 +45,7 @@ from training.files import usage_error
 from training.processes import gather
 from training.records import read_jsonl
 
-# Shapes:  B pictures   D numbers per token
+# Shapes:  B pictures   E numbers per token
 
 BATCH = 32  # generated pictures in one update of the discriminator, and as many references
 REPLAY = 512  # past rollouts that are kept: D must not forget the tricks of earlier steps
@@ -158,7 +158,7 @@ class Adversarial:
 
     @torch.no_grad()
     def tokens(self, images):
-        """(B, 1 + patches, D) float32: class token and patches after DINOv2's last LayerNorm. D is
+        """(B, 1 + patches, E) float32: class token and patches after DINOv2's last LayerNorm. D is
         trained on these and scores these. (Released: trained on them raw, but scores them scaled to
         length 1.)"""
         # Pictures are resized to a square without cropping, as released.

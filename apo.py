@@ -10,9 +10,8 @@ accordingly (the step). Paraphrase the result (to leave local optima). Keep the 
         beam = the best by   mean over pictures of  y log p + (1 - y) log(1 - p),
                              p = P(broken) by the judge, y = 1 if the picture is broken
 
-Most candidates are bad, and it should not take a look at every picture to find that out. To choose
-the best few with few judge calls is a problem of its own (evaluation/best_arm.py); `--select` has
-four ways.
+Most candidates are bad, and finding them should not need the judge on every picture. How to choose
+the best few with few judge calls is in evaluation/best_arm.py; `--select` has four ways.
 
 Run:   python apo.py                  the tiny world: three seeds, two ways to select, 4 minutes
        python apo.py --data FOLDER --checkpoint none --judge-url http://127.0.0.1:8000/v1
@@ -21,7 +20,8 @@ You should see:  accuracy on the test split of the first question, then of the o
 intervals, and the number of judge calls; runs/apo/*/question.txt and report.html.
 
 The data are split by prompt. The test split is opened once, at the end. (The released code reports
-on the split it optimised on.) Each answer is kept on disk: the same command again asks nothing.
+on the split it optimised on.) Each answer is kept on disk: the same command again
+makes no judge calls.
 
 Left out: the writing model in the tiny world. No model that small can write. A scripted editor
 (tiny_world/questions.py) proposes the changes; judge, mistakes, beam and selection are real.
@@ -197,7 +197,7 @@ def expand(question, batch, judge, writer, cfg, rng, refused):
     judged = [(e, p) for e, p in zip(batch, judge(question, batch)) if math.isfinite(p)]
     wrong = [(e, p) for e, p in judged if (p > 0.5) != e["broken"]]
     proposed = []
-    for _ in range(cfg.gradients if wrong else 0):  # no mistake, no reason
+    for _ in range(cfg.gradients if wrong else 0):  # without mistakes there is nothing to ask
         mistakes = rng.sample(wrong, min(cfg.errors, len(wrong)))
         reason = writer.reason(question, mistakes, rng)
         proposed.append((writer.rewrite(question, reason, mistakes, rng), reason))

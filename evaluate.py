@@ -1,6 +1,6 @@
 """Evaluate: runs, folders of pictures, pairs of pictures, one run against another.
 
-Rules against fooling oneself. What trained the policy is never called evidence. The mean of a
+Rules against fooling oneself. A training reward is never used as evidence. The mean of a
 folder comes with its standard error *over prompts* (four pictures of one prompt are not four
 independent samples) and with the number of pictures that got no score. Two runs are compared
 picture by picture, same prompt and same random numbers, which removes the difficulty of the

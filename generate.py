@@ -20,8 +20,8 @@ Run:   python generate.py "a red circle left of a blue square"
 You should see:  the thought for each picture, and outputs/00000/samples/0000.png (GenEval's layout)
 with one line for each picture in outputs/manifest.jsonl.
 
-Left out: image understanding (Janus' other half), top-k (sampling would follow another distribution
-than scoring).   Read next: rewards.py
+Left out: image understanding (Janus' other half), top-k (sampling and scoring would then use
+different distributions).   Read next: rewards.py
 """
 
 import hashlib
@@ -205,8 +205,8 @@ def sample_tokens(policy, ids, mask, uniform, embed, head, eos=None):
     """The sampling loop of both heads: read the context once, then one token at a time.
 
     ids, mask: (rows, L). uniform: (N, n), a number for each new token. embed: (N,) ids ->
-    (rows, 1, D); head: (rows, D) -> logits (N, V). Returns (N, n) ids; fewer columns if every row
-    has sampled `eos` before."""
+    (rows, 1, D); head: (rows, D) -> logits (N, V). Returns (N, n) ids; fewer columns if all rows
+    end earlier, by `eos`."""
     (rows, L), (N, n), device = ids.shape, uniform.shape, ids.device
     pad = policy.tokenizer.pad_token_id
     cache = KeyValueCache(L, n, device)
@@ -359,7 +359,7 @@ def token_logprobs(policy, rollouts, cfg_weight):
 
 
 def pipeline_sampler(name_or_path, device, dtype, cfg_weight):
-    """sample_batch of a diffusers pipeline, or None if this is none. Such models draw reference
+    """sample_batch of a diffusers pipeline, or None if it is not one. Such models draw reference
     pictures (adversarial_reward.py). No remote code: only diffusers' own classes are loaded."""
     from huggingface_hub import hf_hub_download
 

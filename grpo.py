@@ -22,7 +22,7 @@ You should see:  a progress bar with the rewards; every 10 steps a line with tes
 rises and the share of artifact-free pictures (by gold) does not fall; at the end
 runs/<name>/hacking.png and report.html.
 
-Left out: a value network, a KL in the reward, learned critics.   Read next: evaluate.py
+Left out: a value network, a KL in the reward, learned critics.   Read next: generate.py
 """
 
 import math
@@ -46,7 +46,7 @@ from training.memory_plan import print_plan
 from training.policy import trainable
 from training.prompts import jobs_of_step
 
-# Shapes:  P prompts   G rollouts of each   N = P*G rollouts   S = C+T tokens of a rollout
+# Shapes:  P prompts   N = P*G rollouts   S = C+T tokens of one: C of the thought, T of the picture
 
 
 @dataclass
@@ -76,14 +76,14 @@ class Config:
     cot: bool = True  # write a thought before drawing, and train the thought too
     max_thought: int = 64  # longest thought, in tokens
     cfg_weight: float | None = None  # guidance weight w of sampling [tiny: 1, Janus-Pro: 5]
-    # log-probabilities: guided as sampled (exact), cond without guidance (as released), none at all
+    # log-probabilities guided as sampled (exact); cond: without (as released); none: both without
     guidance: Literal["guided", "cond", "none"] = "guided"
 
     seed: int = 42  # with step, prompt and sample number, all the randomness there is
     micro_batch: int = 64  # rollouts in one forward and backward pass
     rollout_batch: int = 128  # rollouts that are sampled at a time
     cuda_graph: bool = True  # on a GPU: record the sampling step of one token and replay it
-    train_image_head: bool = False  # train it, too; T2I-R1 does not
+    train_image_head: bool = False  # train the image head, too; T2I-R1 does not
     shard: bool = False  # FSDP2: each process keeps a shard of weights and optimizer
     lora_rank: int = 0  # train low-rank matrices instead of the weights; 0: the weights
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
@@ -96,7 +96,7 @@ class Config:
     judge_model: str | None = None  # the served model's name [the first that is served]
     references: str | None = None  # reward adversarial: reference pictures [tiny: drawn]
     adversary_steps: int = 4  # reward adversarial: discriminator updates for each policy update
-    adversary_update: Literal["always", "beaten"] = "always"  # beaten: only while it is fooled
+    adversary_update: Literal["always", "beaten"] = "always"  # beaten: only while D is fooled
     question: str | None = None  # for the judge: a text or a file, as apo.py writes [its own]
     max_failures: float = 0.5  # stop when a larger share of a step's rollouts has no score
 
@@ -118,18 +118,17 @@ def group_advantages(total_N, group_size, divide="group"):
     """Rewards -> advantages (N,), group by group. A NaN reward gets 0 and does not move the mean.
 
     Per group and not per batch: an easy prompt must not make every picture of a hard one look bad.
-    The standard deviation has n - 1, as released (T2I-R1 grpo_trainer.py:743); dividing by it
-    inflates nearly tied groups (Dr.GRPO, arXiv:2503.20783). "best": 1 for the best picture of the
-    group, 0 for the others, so that the loss is the likelihood of the best of G (RAFT,
-    arXiv:2304.06767)."""
+    The standard deviation divides by n - 1, as released (T2I-R1 grpo_trainer.py:743). It inflates
+    nearly tied groups (Dr. GRPO, arXiv:2503.20783). "best": 1 for the best picture of the group, 0
+    for the others: the loss is -log of the likelihood of the best of G (RAFT, arXiv:2304.06767)."""
     reward = total_N.view(-1, group_size)
     known = reward.isfinite()
     count = known.sum(1, keepdim=True)
     mean = torch.where(known, reward, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
     lowest = torch.where(known, reward, math.inf).amin(1, keepdim=True)
     highest = torch.where(known, reward, -math.inf).amax(1, keepdim=True)
-    # A unanimous group has no better picture: 0. Tested by name, because the float32 mean of equal
-    # rewards may differ from them in the last digit, and that digit / 1e-4 is an advantage.
+    # A unanimous group has no best picture: 0. Tested explicitly, as the float32 mean of its rewards
+    # may differ from them in the last digit, and that digit / 1e-4 is an advantage.
     centered = torch.where(known & (highest > lowest), reward - mean, 0.0)
     if divide == "group":
         std = (centered.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
@@ -162,7 +161,7 @@ def grpo_loss(logprobs_NS, old_NS, reference_NS, advantages_N, mask_NS, beta, ep
     ratio = (logprobs_NS - old_NS).exp()
     advantage = advantages_N[:, None]
     clipped = ratio.clamp(1 - epsilon, 1 + eps_high)
-    # The pessimistic one: outside the clip range a ratio may only count *against* a change.
+    # The smaller of the two: moving further beyond the clip range brings no gain.
     surrogate = torch.min(ratio * advantage, clipped * advantage)
     loss = -surrogate + beta * kl_k3(logprobs_NS, reference_NS)
     return torch.where(mask_NS, loss, 0.0)
@@ -170,17 +169,17 @@ def grpo_loss(logprobs_NS, old_NS, reference_NS, advantages_N, mask_NS, beta, ep
 
 def learning_rate(step, cfg):
     """Linear decay to 0, as T2I-R1 (the Trainer's default): at a constant rate the noise of the
-    gradient moves the policy on and on, which costs KL and gains no reward."""
+    gradient keeps moving the policy, which costs KL and gains no reward."""
     return cfg.learning_rate * (1 - step / cfg.max_steps)
 
 
 def guidance_weights(cfg, policy):
-    """(guidance weight of sampling, of the log-probabilities) for pictures; thoughts are never
-    guided. Three policies are in use:
+    """Two guidance weights for pictures: of sampling, and of the log-probabilities. Thoughts are
+    never guided. Three ways are in use:
 
     guided  sample guided, score guided: exact, on-policy; scoring needs two branches.
     cond    sample guided, score the conditional branch only: what T2I-R1 and ArtifactReward
-            released. Biased: not the gradient of the expected reward, and the logged KL is none.
+            released. Biased: not the gradient of the expected reward; the logged KL is not a KL.
     none    no guidance at all: exact and cheap, but the base policy is weaker."""
     w = generate.default_cfg_weight(policy) if cfg.cfg_weight is None else cfg.cfg_weight
     return {"guided": (w, w), "cond": (w, 1.0), "none": (1.0, 1.0)}[cfg.guidance]
@@ -280,14 +279,14 @@ def update_policy(policy, reference_NS, optimizer, rollouts, advantages, cfg):
 
 def train_step(policy, reference, rewards, optimizer, rollouts, rows, step, cfg, clock):
     """Score this process' rollouts, compute advantages, update the policy. Returns (scores,
-    metrics): name -> (N,), with "total" and "advantage"; name -> number."""
-    pictures = (rollouts.prompts, rollouts.images, [rows[i] for _, _, i, _ in rollouts.keys])
+    metrics): name -> tensor (N,), with "total" and "advantage"; name -> number."""
+    to_score = (rollouts.prompts, rollouts.images, [rows[i] for _, _, i, _ in rollouts.keys])
     metrics = update_adversaries(rewards.adversaries, rollouts)  # before they score
-    pending = reward_lib.start_scoring(rewards.train, *pictures)
+    pending = reward_lib.start_scoring(rewards.train, *to_score)
     # A judge on a server works while we compute these.
     reference_NS = reference_logprobs(policy, reference, rollouts, cfg)
     scores = pending()
-    heldout_scores = reward_lib.score(rewards.heldout, *pictures)
+    heldout_scores = reward_lib.score(rewards.heldout, *to_score)
     G = cfg.num_generations
     total = reward_lib.combine(scores, rewards.weights, G, cfg.combine, rewards.multipliers)
     clock("score")
@@ -320,14 +319,15 @@ def evaluate_policy(policy, reference, rewards, rows, cfg):
         scores["kl"] = torch.where(rollouts.mask, k3, 0.0).sum(1)
         records = make_records(rows, rollouts, scores | image_statistics(rollouts.images))
         results += zip(rollouts.keys, records, rollouts.images)
+    # By sample number, then by prompt: the order of the jobs.
     results = sorted(processes.gather(results), key=lambda result: result[0][:1:-1])
     return [record for _, record, _ in results], [image for *_, image in results]
 
 
 def best_of_n_pool(policy, reference, rewards, rows, cfg):
     """Records of `best_of` pictures of the base policy for each of 40 test prompts. Best-of-n
-    optimises the same reward but never leaves what the base policy draws: damage that RL does
-    beyond it lies where the reward was never trained."""
+    optimises the weighted sum of the same rewards, but only among pictures of the base policy: any
+    extra damage by RL is done with pictures unlike those that the rewards were trained on."""
     pool, n = [], cfg.best_of
     for i in range(processes.rank(), min(40, len(rows)), processes.world_size()):
         with sharding.as_reference(policy, reference) as original:
@@ -374,7 +374,7 @@ def make_optimizer(policy, cfg):
 
 
 def load_rewards(cfg, weights, heldout, rows):
-    """Load every reward; refuse a judge or reference pictures that cannot be trained on."""
+    """Load every reward. Exit code 2 if the judge or the reference pictures are unusable."""
     adversary = {"references": cfg.references, "steps": cfg.adversary_steps}
     adversary |= {"when": cfg.adversary_update, "seed": cfg.seed}
     judge = {"judge_urls": cfg.judge_url, "judge_model": cfg.judge_model, "question": cfg.question}
@@ -401,13 +401,13 @@ def main(cfg):
     rows, test_rows = checks.check_flags(cfg, len(weights), checks.num_processes(cfg))
     if cfg.dry_run:
         return print_plan(cfg, checks.num_processes(cfg))
-    folder, checkpoint, _lock = run_folder.open_run(cfg)  # the lock lives as long as its name
+    folder, checkpoint, _lock = run_folder.open_run(cfg)  # held while this variable exists
 
     policy, reference = load_policies(cfg, checkpoint)
     rewards = load_rewards(cfg, weights, heldout, rows)
     optimizer = make_optimizer(policy, cfg)
     run = run_folder.Run(folder, policy, rewards, optimizer, cfg.save_total_limit)
-    run.load(checkpoint)  # the optimizer and the counters, if there is a checkpoint
+    run.load(checkpoint)  # all but the weights, if there is a checkpoint
     log, stop = Log(cfg, folder, run.step, weights, heldout), stopping.StopSignal()
 
     def test():

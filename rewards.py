@@ -11,7 +11,7 @@ faults only. `combine` turns several rewards into one number.
 Run:   python rewards.py --list
        python rewards.py --list --verbose         also: the command that downloads or starts each
        python rewards.py score hps,stats outputs/00000/samples/*.png --prompt "a red star"
-       python rewards.py serve hps --port 8100    then, elsewhere: --rewards hps@http://HOST:8100
+       python rewards.py serve hps --host 0.0.0.0    then, elsewhere: --rewards hps@http://HOST:8100
 
 You should see:  a line for each reward, with its range and what it needs; then a score for each
 picture. `evaluate.py --images` scores a whole folder.
@@ -115,19 +115,19 @@ def parse_parts(text):
         match = re.fullmatch(r"([^:@]*)(?:@(https?://[^/:]+:\d+))?(?::(.*))?", part)
         if match is None:
             form = "name, name:weight or name@http://host:port:weight"
-            usage_error(f"--rewards {text}: {part!r} does not have the form {form}")
+            usage_error(f"rewards {text}: {part!r} does not have the form {form}")
         name, url, weight = match.groups()
         try:
             value = float(weight or 1)
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            usage_error(f"--rewards {text}: {weight!r} is no number; write hps:1,artifact:0.5")
+            usage_error(f"rewards {text}: {weight!r} is no number; write hps:1,artifact:0.5")
         if name not in REWARDS:
             known = ", ".join(REWARDS)
-            usage_error(f"--rewards {text}: unknown reward {name!r}; known are {known}")
+            usage_error(f"rewards {text}: unknown reward {name!r}; known are {known}")
         if name in (known for known, *_ in found):
-            usage_error(f"--rewards {text}: {name!r} is named twice; give it one weight")
+            usage_error(f"rewards {text}: {name!r} is named twice; give it one weight")
         found.append((name, value, url))
     return found
 
@@ -146,8 +146,8 @@ def check_roles(training, heldout, how):
     both = ", ".join(weights.keys() & set(heldout))
     if both:
         usage_error(
-            f"{both} is in --rewards and in --eval-rewards: what is trained on cannot be held out; "
-            "remove it from one"
+            f"{both} is in --rewards and in --eval-rewards (tiny: gold and its parts, unless you "
+            "name others): what is trained on cannot be held out; remove it from one"
         )
     statistics = ", ".join(name for name in weights if name in STATISTICS)
     if statistics:
@@ -155,7 +155,7 @@ def check_roles(training, heldout, how):
     untrained = ", ".join(name for name in heldout if learns(REWARDS[name]))
     if untrained:
         usage_error(
-            f"--eval-rewards {untrained}: it scores nothing unless it learns beside the policy; "
+            f"--eval-rewards {untrained}: it is meaningless unless it learns beside the policy; "
             "name it in --rewards"
         )
     remote = ", ".join(name for name in addresses(training) if learns(REWARDS[name]))
@@ -206,9 +206,9 @@ def start_scoring(rewards, prompts, images, metadata=None):
     """Begin to score pictures with all rewards of a dict; call the result to get the scores.
 
     Remote rewards are asked at once, in threads, while the policy does its own work. Those of this
-    process run when the scores are wanted: two at a time on one machine would only slow each other
-    down. A reward that raises, or returns another number of scores, ends the run: only a *picture*
-    may fail, and is NaN then."""
+    process run when the scores are wanted: running two at once on one machine is slower. A
+    reward that raises, or returns another number of scores, ends the run: only a *picture* may
+    fail, and is NaN then."""
     pool = ThreadPoolExecutor(max(1, len(rewards)))
     pending = {
         name: pool.submit(reward, prompts, images, metadata)
@@ -266,8 +266,8 @@ def combine(scores, weights, group_size, how="sum", multipliers=None):
 
     sum          sum_k w_k r_k: the paper, and T2I-R1. The reward with the largest scale dominates.
     normalized   sum_k w_k z_k: all rewards count alike (GDPO).
-    mean, min    of the z_k: ensembles (Coste et al., arXiv:2310.02743: mean and worst case). They
-    uwo          mean - 0.5 variance.  use r; we use z, because our rewards differ in scale.
+    mean, min    of the z_k: ensembles (Coste et al., arXiv:2310.02743: mean and worst case).
+    uwo          mean - 0.5 variance of the z_k (there, of r; our rewards differ in scale).
     pareto       sum, over rollouts that are not dominated (Parrot, arXiv:2401.05675).
     constrained  r_1 + sum_{k>1} lambda_k r_k; Rewards.update_multipliers sets lambda so that each
                  further reward stays above its floor (arXiv:2310.04373)."""

@@ -146,7 +146,9 @@ def report_page(run):
     trained, step = names_in(config, "rewards"), hacking.onset(run)
     verdict = f"Onset of hacking: step {step}."
     if step is None:
-        verdict = "No onset of hacking: gold did not fall from its peak while the reward rose."
+        verdict = "No onset of hacking: gold did not fall beyond its error while the reward rose."
+    if "gold" not in tests[0]:
+        verdict = "Gold was not measured, so no onset of hacking can be given."
     contents = {
         "Proxy and gold": pages.picture(run / "hacking.png"),
         "The same prompts and noise, test by test": pages.picture(run / "training.png"),

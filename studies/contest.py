@@ -18,7 +18,7 @@ Run:   python -m studies.contest              train what is missing (hours; a st
 You should see:  a progress bar over all runs, then one line for each cure. Each run's numbers and
 command are kept in docs/contest/, so the table can be printed again without training.
 
-Read next: README.md, "Which cure works?"
+Read next: docs/results.md, "Which cure works?"
 """
 
 import json

@@ -41,7 +41,7 @@ def judge_tokenizer():
 
 
 def build_judge(folder):
-    """Save an untrained Qwen2.5-VL of 0.8 M parameters in its own format."""
+    """Save an untrained Qwen2.5-VL of 0.9 M parameters in its own format."""
     tokenizer, config = judge_tokenizer(), Qwen2_5_VLConfig.from_pretrained(SHIPPED / "artifact")
     config.text_config.vocab_size = len(tokenizer)
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)

@@ -131,7 +131,7 @@ def policy_tokenizer(texts):
 
 
 def build_policy(vq, texts):
-    """An untrained Janus of 1 M parameters with this trained VQ model."""
+    """An untrained Janus of 2 M parameters with this trained VQ model."""
     folder = SHIPPED / "policy"
     processor, config = JanusProcessor.from_pretrained(folder), JanusConfig.from_pretrained(folder)
     processor.tokenizer = policy_tokenizer(texts)

@@ -118,7 +118,7 @@ def save_clip(kind, model, folder):
 
 
 def build_clip(kind, folder, texts):
-    """An untrained CLIP of 0.6 M parameters in the format of `kind`, HPS or PickScore. The reward's
+    """An untrained CLIP of 0.5 M parameters in the format of `kind`, HPS or PickScore. The reward's
     own class opens it, so what is trained is what will be used."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = clip_tokenizer(texts)

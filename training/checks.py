@@ -69,11 +69,12 @@ def check_flags(cfg, num_rewards, processes):
             "--shard spreads full training over several processes (torchrun --nproc-per-node 8); "
             "it does not go with --lora-rank, which has little to spread"
         )
+    if cfg.train_image_head and cfg.lora_rank:
+        usage_error("--train-image-head: --lora-rank trains matrices in the language model only")
     rows = load_prompts(cfg.prompts)
     if len(rows) < cfg.prompts_per_step:
         usage_error(
             f"--prompts {cfg.prompts}: {len(rows)} prompts for --prompts-per-step "
-            f"{cfg.prompts_per_step}; a step needs as many different ones, or two groups would be "
-            "copies"
+            f"{cfg.prompts_per_step}; a step needs as many, or two of its groups would be copies"
         )
     return rows, load_prompts(cfg.test_prompts)

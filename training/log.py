@@ -29,7 +29,8 @@ def make_records(rows, rollouts, scores):
 
 
 def summarize(records, trained, heldout, group_size):
-    """One step's records -> numbers to log. A NaN score counts as failed and enters no mean."""
+    """One step's records -> numbers to log. A NaN score counts as failed and enters no mean; a
+    group with one is left out of group_std."""
     failed = mean(any(math.isnan(record[name]) for name in trained) for record in records)
     words = mean(len(record["thought"].split()) for record in records)
     metrics = {"failed": failed, "thought_words": words}

@@ -50,7 +50,7 @@ def meta_model(config):
 
 
 def count_parameters(config, lora_rank):
-    """(all, trained, those of the VQ model, the language model's matrices) as numbers."""
+    """Numbers of parameters: (all, trained, of the VQ model)."""
     parameters = dict(meta_model(config).named_parameters())
     vq = sum(p.numel() for name, p in parameters.items() if "vqmodel" in name)
     names = [n for n in parameters if n.startswith(("model.language_model.", "lm_head."))]

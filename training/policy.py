@@ -67,9 +67,9 @@ def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_im
     """Load a Janus in the Hugging Face format: a folder, a hub name, or "tiny" (shipped with us).
 
     The weights are float32 whatever `dtype` is: at a learning rate of 1e-6 a bfloat16 weight never
-    moves (its spacing is 1/256 of its size). As in T2I-R1 only the language model is trained; the
-    vision tower, the codebook, the VQ model and the image head stay frozen. Exit code 2 if there is
-    no such checkpoint."""
+    moves (its spacing is 1/256 of its size). As in T2I-R1 the language model with its text head is
+    trained; vision tower, aligners, image embeddings, image head and VQ model stay frozen. Exit
+    code 2 if there is no such checkpoint."""
     tiny = ROOT / "tiny_world/checkpoints/policy"
     path = tiny if name_or_path == "tiny" else Path(name_or_path)
     if (path / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""Several processes: started by torchrun, or just one. Nothing else knows how many there are.
+"""Several processes, started by torchrun, or just one: the same code runs on both.
 
 Read next: sharding.py
 """

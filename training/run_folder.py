@@ -4,7 +4,7 @@
                   metrics.jsonl          a line for each step;  test.jsonl  a line for each test
                   rollouts/, tests/      every picture's scores
                   samples/               the fixed prompts through training
-                  checkpoints/step-*/    the policy, open with from_pretrained; optimizer.pt
+                  checkpoints/step-*/    the policy, for from_pretrained, and what a resume needs
 
 Read next: log.py
 """
@@ -28,7 +28,8 @@ from training.processes import broadcast, gather, rank, world_size
 from training.records import read_jsonl
 from training.sharding import full_model_state, full_optimizer_state, load_optimizer_state
 
-# What may differ when a run goes on: where it runs and what it writes, not what it computes. (With
+# What may differ when a run goes on: where it runs and what it writes, not what it computes, but
+# for rounding. (With
 # other --max-steps the learning rate falls along another line: that is what extending a run means.)
 MAY_DIFFER = set(
     "resume output_dir run_name max_steps save_steps save_total_limit eval_steps best_of judge_url "

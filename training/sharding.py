@@ -7,10 +7,10 @@ Full training keeps 16 bytes for each parameter (float32 weight and gradient, Ad
                   and gathers a layer when it is needed. Sampling needs all layers 576 times for a
                   picture, so for a rollout they are gathered once. Several nodes: sharded within a
                   node, replicated across nodes (HSDP).
-    --lora-rank   train two thin matrices beside each weight. The reference policy is the same model
-                  with them switched off.
+    --lora-rank   train two thin matrices beside each projection of the decoder layers. The
+                  reference policy is the same model with them switched off.
 
-Read next: memory_plan.py
+Read next: cuda_graph.py
 """
 
 import contextlib
@@ -92,7 +92,7 @@ def sum_gradients(parameters):
     if not dist.is_initialized():
         return
     for parameter in parameters:
-        if parameter.grad is None:  # without --cot the text head has none, on any process
+        if parameter.grad is None:  # with --no-cot the text head has none, on any process
             continue
         if isinstance(parameter.grad, DTensor):  # FSDP2 has averaged it, shard by shard
             parameter.grad.mul_(world_size())

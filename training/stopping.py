@@ -1,4 +1,4 @@
-"""When a run must end early: it was asked to, or it cannot go on. It leaves a checkpoint first.
+"""When a run must end early: it was asked to, or it cannot go on. It saves a checkpoint first.
 
 Read next: run_folder.py
 """
@@ -14,9 +14,9 @@ PATIENCE = 5  # steps in a row with a gradient that is not finite, until the run
 
 
 class StopSignal:
-    """Remembers SIGTERM, so that the run can end between two steps. A second signal ten seconds
-    later ends it at once. Sooner, it is the same request: a cluster sends it to the process and to
-    its launcher, which passes it on."""
+    """Remembers SIGTERM, so that the run can end between two steps. A second signal more than
+    ten seconds later ends it at once, without saving. Sooner, it is the same request: a cluster
+    sends it to the process and to its launcher, which passes it on."""
 
     def __init__(self):
         self.times = []
