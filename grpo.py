@@ -127,7 +127,7 @@ def group_advantages(total_N, group_size, divide="group"):
     mean = torch.where(known, reward, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
     lowest = torch.where(known, reward, math.inf).amin(1, keepdim=True)
     highest = torch.where(known, reward, -math.inf).amax(1, keepdim=True)
-    # A unanimous group has no best picture: 0. Tested explicitly, as the float32 mean of its rewards
+    # A unanimous group has no best picture: 0. Tested explicitly, as the float32 mean of rewards
     # may differ from them in the last digit, and that digit / 1e-4 is an advantage.
     centered = torch.where(known & (highest > lowest), reward - mean, 0.0)
     if divide == "group":

@@ -1,8 +1,8 @@
 """The method, number by number. Each expected value is computed by hand or by a naive loop, and not
 by the code under test; so a wrong sign, a swapped bound or another constant fails here."""
 
-import copy
 import math
+import random
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import torch
 import generate
 import grpo
 import rewards
-from training.policy import trainable
+from training import prompts as prompts_module
 from training.prompts import jobs_of_step, load_prompts, prompts_of_step
 
 NAN = float("nan")
@@ -46,11 +46,20 @@ def test_a_unanimous_group_gives_no_advantage(divide):
         assert (grpo.group_advantages(tensor(*[reward] * 8), 8, divide) == 0).all()
 
 
+def test_a_unanimous_group_is_judged_by_its_own_rewards():
+    """Neither another group nor a failed score makes a difference of 1e-7 an advantage."""
+    values = tensor(*[1.36] * 8, *[0.1 * n for n in range(8)], *[1.36] * 7, NAN)
+    for divide in ("group", "none", "global", "best"):
+        got = grpo.group_advantages(values, 8, divide)
+        assert (got[:8] == 0).all() and (got[16:] == 0).all() and got[15] > 0
+
+
 def test_a_failed_score_gets_no_advantage_and_does_not_move_the_others():
     got = grpo.group_advantages(tensor(1.0, NAN, 3.0, 2.0), 4)
     assert got.tolist() == pytest.approx([-1 / 1.0001, 0, 1 / 1.0001, 0], abs=1e-5)
     # One score in a group of two is no comparison, and none is none.
-    assert (grpo.group_advantages(tensor(NAN, 1.0, NAN, NAN), 2) == 0).all()
+    for divide in ("group", "none", "global", "best"):
+        assert (grpo.group_advantages(tensor(NAN, 1.0, NAN, NAN), 2, divide) == 0).all()
 
 
 def test_dr_grpo_does_not_divide_and_flow_grpo_divides_by_the_whole_batch():
@@ -169,6 +178,7 @@ def test_what_is_sampled_and_what_is_scored_under_guidance(policy, config):
         for name in ("guided", "cond", "none")
     }
     assert weights == {"guided": (5.0, 5.0), "cond": (5.0, 1.0), "none": (1.0, 1.0)}
+    assert config().guidance == "guided"  # the exact one, unless another is asked for
     assert grpo.guidance_weights(config(), policy) == (1.0, 1.0)  # the tiny checkpoint's own
 
 
@@ -212,6 +222,15 @@ def test_logprobs_equal_the_definition_token_by_token(policy, rollouts, cfg_weig
         assert scored[n][rollouts.mask[n]].tolist() == pytest.approx(expected, abs=1e-4)
 
 
+@torch.no_grad()
+def test_without_a_thought_only_the_picture_is_scored(policy):
+    rollouts = generate.sample(policy, PROMPTS, KEYS, cot=False, cfg_weight=3.0)
+    scored = generate.logprobs(policy, rollouts, 3.0)
+    assert scored.shape == (3, policy.grid**2) and rollouts.thoughts == ["", "", ""]
+    expected = naive_logprobs(policy, PROMPTS[1], [], "", rollouts.image_ids[1], 3.0)
+    assert scored[1].tolist() == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_end_of_the_thought_is_an_action_and_padding_is_none(policy, rollouts):
     eos, T = policy.tokenizer.eos_token_id, policy.grid**2
     for ids, mask in zip(rollouts.thought_ids.tolist(), rollouts.mask):
@@ -225,6 +244,7 @@ def test_the_flag_guidance_decides_which_logprobs_train(policy, rollouts, config
         name: grpo.all_logprobs(policy, rollouts, config(guidance=name, cfg_weight=2.0))
         for name in ("guided", "cond")
     }
+    assert not scored["cond"].requires_grad
     for name, cfg_weight in (("guided", 2.0), ("cond", 1.0)):
         expected = generate.logprobs(policy, rollouts, cfg_weight).detach()
         assert torch.allclose(scored[name], expected, atol=1e-5)
@@ -242,204 +262,27 @@ def test_each_prompt_comes_once_an_epoch_in_an_order_that_only_the_seed_decides(
     assert chosen != [i for step in range(5) for i in prompts_of_step(10, step, 4, seed=2)]
 
 
+def test_an_epoch_is_a_permutation_by_the_seed_and_its_number():
+    first, second = (random.Random(f"1 {epoch}").sample(range(10), 10) for epoch in (0, 1))
+    assert prompts_of_step(10, 0, 4, seed=1) == first[:4]
+    assert prompts_of_step(10, 2, 4, seed=1) == first[8:] + second[:2]
+
+
+def test_groups_are_dealt_out_to_the_processes_in_turn(config, monkeypatch):
+    cfg = config(num_generations=2, prompts_per_step=6)
+    rows = load_prompts(cfg.prompts)
+    monkeypatch.setattr(prompts_module, "world_size", lambda: 3)
+    monkeypatch.setattr(prompts_module, "rank", lambda: 1)
+    chosen = prompts_of_step(len(rows), 5, 6, cfg.seed)
+    expected = [(i, k) for i in (chosen[1], chosen[4]) for k in (0, 1)]
+    assert jobs_of_step(rows, 5, cfg) == expected
+
+
 def test_a_group_is_one_prompt_and_the_sample_numbers_from_zero(config):
     cfg = config(num_generations=3, prompts_per_step=2)
     rows = load_prompts(cfg.prompts)
     i, j = prompts_of_step(len(rows), 5, 2, cfg.seed)
     assert jobs_of_step(rows, 5, cfg) == [(i, 0), (i, 1), (i, 2), (j, 0), (j, 1), (j, 2)]
-
-
-# --- the update ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def small_batch(policy):
-    """Eight rollouts of two prompts, and advantages that are no z-scores."""
-    prompts = [PROMPTS[0]] * 4 + [PROMPTS[2]] * 4
-    rollouts = generate.sample(policy, prompts, [(3, 0, n // 4, n % 4) for n in range(8)])
-    return rollouts, tensor(1.0, -0.5, 0.25, 0.0, 2.0, -1.0, -2.0, 0.5)
-
-
-def other_policy(policy):
-    """A reference policy that differs from the policy."""
-    reference = copy.deepcopy(policy)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainable(reference):
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return reference
-
-
-def update(policy, reference, batch, cfg, lr=0.0):
-    """One call of update_policy on a copy, by plain gradient descent: (policy, metrics)."""
-    rollouts, advantages = batch
-    trained = copy.deepcopy(policy)
-    optimizer = torch.optim.SGD(trainable(trained), lr=lr)
-    reference_NS = grpo.all_logprobs(reference, rollouts, cfg)
-    return trained, grpo.update_policy(trained, reference_NS, optimizer, rollouts, advantages, cfg)
-
-
-def naive_gradient(policy, reference, batch, beta, cfg_weight=1.0):
-    """Gradient of  mean over all tokens of  -A log pi + beta k3,  a rollout at a time. With one
-    update per rollout this is the gradient of the clipped loss, too."""
-    rollouts, advantages = batch
-    trained = copy.deepcopy(policy)
-    total = 0.0
-    for n in range(len(rollouts)):
-        mask = rollouts.mask[n]
-        logp = generate.logprobs(trained, rollouts[n : n + 1], cfg_weight)[0][mask]
-        with torch.no_grad():
-            ref = generate.logprobs(reference, rollouts[n : n + 1], cfg_weight)[0][mask]
-        total = (
-            total + (-advantages[n] * logp + beta * ((ref - logp).exp() - (ref - logp) - 1)).sum()
-        )
-    (total / rollouts.mask.sum()).backward()
-    return torch.cat([p.grad.flatten() for p in trainable(trained)]), total.item()
-
-
-def gradient_of(policy):
-    return torch.cat([p.grad.flatten() for p in trainable(policy)])
-
-
-@pytest.mark.parametrize("guidance, cfg_weight", [("guided", 2.0), ("cond", 2.0)])
-def test_the_update_follows_the_gradient_of_the_loss_as_written(
-    policy, small_batch, config, guidance, cfg_weight
-):
-    cfg = config(beta=0.3, max_grad_norm=1e9, guidance=guidance, cfg_weight=cfg_weight)
-    reference = other_policy(policy)
-    trained, metrics = update(policy, reference, small_batch, cfg)
-    scored_with = cfg_weight if guidance == "guided" else 1.0
-    expected, _ = naive_gradient(policy, reference, small_batch, 0.3, scored_with)
-    assert (gradient_of(trained) - expected).norm() < 1e-4 * expected.norm()
-    assert metrics["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-4)
-    # pi_old is the policy before the update and not the reference: the ratio is 1, in every token.
-    assert metrics["clip_ratio"] == 0 and metrics["skipped"] == 0
-
-
-def test_the_logged_loss_and_kl_by_their_definitions(policy, small_batch, config):
-    rollouts, advantages = small_batch
-    reference = other_policy(policy)
-    cfg = config(beta=0.3)
-    _, metrics = update(policy, reference, small_batch, cfg)
-    logp, ref = (grpo.all_logprobs(p, rollouts, cfg) for p in (policy, reference))
-    k3 = ((ref - logp).exp() - (ref - logp) - 1)[rollouts.mask]
-    tokens = rollouts.mask.sum(1)
-    # At ratio 1 the surrogate of a token is its advantage.
-    loss = (-(advantages * tokens).sum() + 0.3 * k3.sum()) / tokens.sum()
-    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert metrics["kl"] == pytest.approx(k3.sum().item() / 8, rel=1e-4)  # nats per rollout
-
-
-def test_micro_batches_do_not_change_the_gradient(policy, small_batch, config):
-    reference = other_policy(policy)
-    gradients = [
-        gradient_of(update(policy, reference, small_batch, config(micro_batch=size))[0])
-        for size in (8, 3)
-    ]
-    assert torch.allclose(*gradients, atol=1e-6) and gradients[0].norm() > 0
-
-
-def test_a_gradient_above_the_limit_is_scaled_down_to_it(policy, small_batch, config):
-    reference = other_policy(policy)
-    trained, metrics = update(policy, reference, small_batch, config(beta=0.3), lr=1.0)
-    assert metrics["grad_norm"] > 1.0  # before clipping
-    change = torch.cat([(a - b).flatten() for a, b in zip(trainable(trained), trainable(policy))])
-    assert change.norm().item() == pytest.approx(1.0, rel=1e-3)  # lr 1, norm 1, the default limit
-
-
-def test_a_second_update_has_a_ratio_and_may_be_clipped(policy, small_batch, config):
-    cfg = config(updates_per_rollout=4, max_grad_norm=1e9)
-    _, metrics = update(policy, policy, small_batch, cfg, lr=0.2)
-    assert 0 < metrics["clip_ratio"] < 1
-    # The first of two updates cannot be clipped: the share is a mean over both.
-    tight = config(updates_per_rollout=2, epsilon=1e-9, epsilon_high=1e-9, max_grad_norm=1e9)
-    _, metrics = update(policy, policy, small_batch, tight, lr=0.2)
-    assert 0.4 < metrics["clip_ratio"] <= 0.5
-
-
-def test_the_second_update_follows_the_clipped_surrogate(policy, small_batch, config):
-    """Two updates against a loop that is written out."""
-    rollouts, advantages = small_batch
-    cfg = config(updates_per_rollout=2, beta=0.1, max_grad_norm=1e9)
-    cfg.epsilon, cfg.epsilon_high = 0.05, 0.15
-    reference = other_policy(policy)
-    trained, _ = update(policy, reference, small_batch, cfg, lr=0.5)
-    naive, mask = copy.deepcopy(policy), rollouts.mask
-    with torch.no_grad():
-        old, ref = (generate.logprobs(p, rollouts, 1.0) for p in (policy, reference))
-    for _ in range(2):
-        naive.model.zero_grad()
-        logp = generate.logprobs(naive, rollouts, 1.0)
-        ratio, A = (logp - old).exp(), advantages[:, None].expand_as(logp)
-        clipped = torch.where(A > 0, ratio.clamp(max=1.15), ratio.clamp(min=0.95))
-        k3 = (ref - logp).exp() - (ref - logp) - 1
-        ((-clipped * A + 0.1 * k3)[mask].sum() / mask.sum()).backward()
-        with torch.no_grad():
-            for parameter in trainable(naive):
-                parameter -= 0.5 * parameter.grad
-    for a, b in zip(trainable(trained), trainable(naive)):
-        assert torch.allclose(a, b, atol=1e-5)
-
-
-def test_a_step_whose_gradient_is_not_finite_is_not_taken(policy, small_batch, config, monkeypatch):
-    monkeypatch.setattr(grpo, "grpo_loss", lambda logprobs, *_: logprobs * NAN)
-    trained, metrics = update(policy, policy, small_batch, config(updates_per_rollout=2), lr=1.0)
-    assert metrics["skipped"] == 1
-    assert all(torch.equal(a, b) for a, b in zip(trainable(trained), trainable(policy)))
-
-
-def test_thought_and_picture_are_both_trained(policy, small_batch, config):
-    trained, _ = update(policy, other_policy(policy), small_batch, config())
-    assert trained.model.lm_head.weight.grad.norm() > 0  # only thoughts reach the text head
-
-
-def test_the_learning_rate_falls_linearly_to_zero(config):
-    cfg = config(learning_rate=4e-4, max_steps=4)
-    rates = [grpo.learning_rate(step, cfg) for step in range(4)]
-    assert rates == pytest.approx([4e-4, 3e-4, 2e-4, 1e-4])
-
-
-# --- a whole step, with rewards that are known --------------------------------------------------
-
-
-class Known:
-    """A reward that returns the numbers it was given."""
-
-    def __init__(self, *values):
-        self.values = torch.tensor(values)
-
-    def __call__(self, prompts, images, metadata=None):
-        assert len(prompts) == len(images) == len(metadata) == len(self.values)
-        return self.values
-
-
-def known_rewards(weights, **loaded):
-    heldout = [name for name in loaded if name not in weights]
-    return rewards.Rewards(weights, heldout, loaded)
-
-
-def test_a_step_scores_combines_and_updates(policy, small_batch, config):
-    rollouts, _ = small_batch
-    cfg = config(learning_rate=1e-2, max_steps=4, num_generations=4, combine="sum")
-    a = Known(1.0, 2.0, 3.0, 4.0, 0.0, 0.0, 0.0, 1.0)
-    b = Known(*[0.5] * 4, 1.0, 2.0, 3.0, 4.0)
-    truth = Known(*range(8))
-    known = known_rewards({"a": 1.0, "b": 2.0}, a=a, b=b, truth=truth)
-    trained = copy.deepcopy(policy)
-    optimizer, parts = torch.optim.SGD(trainable(trained), lr=1.0), []
-    rows = load_prompts(cfg.prompts)
-    scores, metrics = grpo.train_step(
-        trained, policy, known, optimizer, rollouts, rows, 1, cfg, parts.append
-    )
-    assert scores["total"].tolist() == [2, 3, 4, 5, 2, 4, 6, 9]
-    expected = grpo.group_advantages(tensor(2.0, 3, 4, 5, 2, 4, 6, 9), 4)
-    assert torch.equal(scores["advantage"], expected)
-    assert scores["truth"].tolist() == list(range(8))  # held out: scored, and in no total
-    assert metrics["learning_rate"] == pytest.approx(7.5e-3)  # step 1 of 4
-    assert metrics["kl"] == pytest.approx(0, abs=1e-6) and parts == ["score", "update"]
-    change = grpo.all_logprobs(trained, rollouts, cfg) - grpo.all_logprobs(policy, rollouts, cfg)
-    moved = (change * rollouts.mask).sum(1)
-    assert torch.corrcoef(torch.stack([moved, expected]))[0, 1] > 0.7
 
 
 # --- several rewards, one number ----------------------------------------------------------------
@@ -480,6 +323,25 @@ def test_groups_are_combined_one_by_one():
     twice = {name: torch.cat([values, values + 7]) for name, values in SCORES.items()}
     got = rewards.combine(twice, WEIGHTS, 4, "normalized")
     assert torch.allclose(got[:4], got[4:], atol=1e-4)
+
+
+def test_groups_do_not_see_each_other():
+    values = tensor(0.0, 2.0, 10.0, 14.0)[:, None]
+    z = rewards.standardize(values, 2)[:, 0]  # deviations sqrt(2) and 2 sqrt(2)
+    expected = [-1 / 1.414314, 1 / 1.414314, -2 / 2.828527, 2 / 2.828527]
+    assert z.tolist() == pytest.approx(expected, abs=1e-5)
+    # (2, 2) would dominate all, but it is in the other group.
+    pairs = tensor([0.0, 1.0], [1.0, 0.0], [2.0, 2.0], [1.0, 2.0])
+    assert rewards.dominated(pairs, 2).tolist() == [False, False, False, True]
+
+
+def test_equal_rollouts_do_not_dominate_each_other():
+    assert rewards.dominated(tensor([1.0, 2.0], [1.0, 2.0]), 2).tolist() == [False, False]
+
+
+def test_one_score_in_a_group_is_no_comparison():
+    z = rewards.standardize(tensor(NAN, 3.0, NAN, NAN)[:, None], 2)[:, 0]
+    assert z.tolist() == pytest.approx([NAN, 0, NAN, NAN], nan_ok=True)
 
 
 def test_a_failed_score_makes_the_total_nan_and_leaves_the_others_alone():
