@@ -20,8 +20,8 @@ Run:   python generate.py "a red circle left of a blue square"
 You should see:  the thought for each picture, and outputs/00000/samples/0000.png (GenEval's layout)
 with one line for each picture in outputs/manifest.jsonl.
 
-Left out: image understanding (Janus' other half), top-k (sampling and scoring would then use
-different distributions).   Read next: rewards.py
+Left out: image understanding (Janus' other half), top-k (samples and log-probabilities would
+then be of different distributions).   Read next: rewards.py
 """
 
 import hashlib
@@ -246,7 +246,7 @@ def sample(policy, prompts, keys, cot=True, cfg_weight=None, max_thought=64):
 
     keys: N tuples of integers (seed, step, prompt index, sample index), all the randomness.
     cfg_weight: guidance weight, None = the checkpoint's own (5 for Janus-Pro, 1 for tiny).
-    Temperature is 1 and nothing is cut off: `logprobs` scores exactly this distribution."""
+    Temperature is 1 and nothing is cut off: `logprobs` is of exactly this distribution."""
     cfg_weight = default_cfg_weight(policy) if cfg_weight is None else cfg_weight
     uniform = uniform_numbers(keys, max_thought + policy.grid**2).to(policy.device)
     arguments = (policy, keys, prompts, uniform, cot, cfg_weight, max_thought)
@@ -307,7 +307,7 @@ def to_images(policy, image_ids, chunk=16):
     return images
 
 
-# --- scoring: the log-probability of what was sampled -------------------------------------------
+# --- log-probabilities of what was sampled ------------------------------------------------------
 
 
 def gather_logprobs(logits_NTV, ids_NT):
@@ -332,7 +332,7 @@ def logprobs(policy, rollouts, cfg_weight=1.0):
     """log pi(token | what came before) of exactly the tokens of these rollouts, differentiable.
 
     Returns (N, C+T) float32: the thought's tokens, then the picture's; valid where rollouts.mask.
-    cfg_weight is that of the distribution to score: the sampler's own for on-policy learning; 1 for
+    cfg_weight is that of the distribution: the sampler's own for on-policy learning; 1 for
     the conditional branch alone, as T2I-R1 released it (see grpo.py, --guidance)."""
     return policy.run_in_root_forward(token_logprobs, policy, rollouts, cfg_weight)
 

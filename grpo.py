@@ -148,8 +148,8 @@ def kl_k3(logprobs, reference_logprobs):
 
     Its *value*, under samples of pi, estimates KL(pi || pi_ref) without bias and is never negative.
     Its *gradient*, with the samples held fixed, is (1 - e^d) grad log pi: on average the gradient
-    of KL(pi_ref || pi), the other direction. Both have the same minimum. Where sampling and scoring
-    differ (guidance="cond") it is not a KL."""
+    of KL(pi_ref || pi), the other direction. Both have the same minimum. Where samples and
+    log-probabilities differ (guidance="cond") it is not a KL."""
     d = reference_logprobs - logprobs
     return d.exp() - d - 1
 
@@ -177,9 +177,9 @@ def guidance_weights(cfg, policy):
     """Two guidance weights for pictures: of sampling, and of the log-probabilities. Thoughts are
     never guided. Three ways are in use:
 
-    guided  sample guided, score guided: exact, on-policy; scoring needs two branches.
-    cond    sample guided, score the conditional branch only: what T2I-R1 and ArtifactReward
-            released. Biased: not the gradient of the expected reward; the logged KL is not a KL.
+    guided  both guided: exact, on-policy; log-probabilities need two branches.
+    cond    samples guided, log-probabilities of the conditional branch only: as released by T2I-R1
+            and ArtifactReward. Not the gradient of the expected reward; the logged KL is no KL.
     none    no guidance at all: exact and cheap, but the base policy is weaker."""
     w = generate.default_cfg_weight(policy) if cfg.cfg_weight is None else cfg.cfg_weight
     return {"guided": (w, w), "cond": (w, 1.0), "none": (1.0, 1.0)}[cfg.guidance]

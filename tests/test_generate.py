@@ -1,6 +1,8 @@
 """The policy: what is sampled is what is scored, and a picture depends on its own key alone."""
 
+import copy
 import json
+import types
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 
 import generate
 from training.pictures import write_pictures
+from training.policy import trainable
 from training.prompts import load_prompts
 
 PROMPTS = [
@@ -76,6 +79,169 @@ def test_a_token_without_probability_is_never_drawn():
     )
 
 
+# --- what the model reads -----------------------------------------------------------------------
+
+
+def test_the_contexts_are_the_chat_template_with_the_prompt_and_the_thought(policy):
+    """The shorter text is padded on the left; padding is masked."""
+    decode = lambda ids, mask: [policy.tokenizer.decode(row[m]) for row, m in zip(ids, mask)]
+    prompts = ["a red circle", "three blue crosses above"]
+    ids, mask = generate.thought_context(policy, prompts)
+    turn = "<bos><|User|>: {}\n<|Assistant|>:"
+    assert decode(ids, mask) == [turn.format(f"plan {prompt}") for prompt in prompts]
+    assert mask.dtype == torch.bool and mask.shape == ids.shape and mask[1].all()
+    assert mask[0].tolist() == [False] * 3 + [True] * 11 and (ids[0, :3] == 0).all()
+    ids, mask = generate.image_context(policy, prompts, ["red, left", ""])
+    texts = ["a red circle. red, left", "three blue crosses above"]
+    assert decode(ids, mask) == [turn.format(text) + "<begin_of_image>" for text in texts]
+
+
+def test_with_guidance_each_context_comes_with_its_words_and_without(policy):
+    ids, mask = generate.image_context(policy, ["a red circle", "x"], ["", ""])
+    assert generate.add_unconditional(policy, ids, mask, 1) == (ids, mask)
+    both, both_masks = generate.add_unconditional(policy, ids, mask, 2.0)
+    assert torch.equal(both[:2], ids) and torch.equal(both_masks, torch.cat([mask, mask]))
+    kept = (ids == policy.tokenizer.bos_token_id) | (ids == policy.boi)
+    assert torch.equal(both[2:], torch.where(kept, ids, policy.tokenizer.pad_token_id))
+    assert kept.sum() == 4
+
+
+def test_a_checkpoint_without_a_guidance_weight_gets_that_of_janus():
+    def weight(value):
+        settings = types.SimpleNamespace(guidance_scale=value)
+        model = types.SimpleNamespace(generation_config=settings)
+        return generate.default_cfg_weight(types.SimpleNamespace(model=model))
+
+    assert weight(None) == 5 and weight(1.5) == 1.5
+
+
+def test_a_token_sees_the_real_tokens_up_to_itself_and_padding_sees_itself():
+    mask = torch.tensor([[False, False, True, True], [True, True, True, True]])
+    got = generate.causal_mask(mask)
+    assert got.shape == (2, 1, 4, 4) and got.dtype == torch.bool
+    for n in range(2):
+        for i in range(4):
+            for j in range(4):
+                assert got[n, 0, i, j].item() == (i == j or (j < i and mask[n, j].item()))
+
+
+# --- sampling -----------------------------------------------------------------------------------
+
+
+def naive_sample(policy, prompt, key, max_thought, cfg_weight):
+    """One rollout by a full forward pass for each token: (thought ids, picture ids). Token t is
+    the first one at which the cumulative probability exceeds the t-th random number of the key."""
+    numbers = generate.uniform_numbers([key], max_thought + policy.grid**2)[0].tolist()
+    model, embed_text = policy.model, policy.embed_text
+
+    def hidden(x):
+        return policy.language_model(inputs_embeds=x, use_cache=False).last_hidden_state[:, -1]
+
+    def choose(logits, number):
+        cumulative = logits[0].softmax(-1).cumsum(-1)
+        return int((cumulative > number * cumulative[-1]).nonzero()[0])
+
+    words, context = [], generate.thought_context(policy, [prompt])[0]
+    while len(words) < max_thought and policy.tokenizer.eos_token_id not in words:
+        ids = torch.cat([context, torch.tensor([words], dtype=torch.long)], 1)
+        words.append(choose(model.lm_head(hidden(embed_text(ids))), numbers[len(words)]))
+    thought = policy.tokenizer.decode(words, skip_special_tokens=True).strip()
+    ids, tokens = generate.image_context(policy, [prompt], [thought])[0], []
+    ids = torch.cat([ids, generate.unconditional_ids(policy, ids)])
+    for number in numbers[max_thought:]:
+        drawn = torch.tensor([tokens] * 2, dtype=torch.long)
+        drawn = model.prepare_embeddings_for_image_generation(drawn)
+        c, u = model.model.generation_head(hidden(torch.cat([embed_text(ids), drawn], 1)))
+        tokens.append(choose((u + cfg_weight * (c - u))[None], number))
+    return words, tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("max_thought", [40, 3])
+def test_a_rollout_is_the_one_that_its_random_numbers_select(policy, max_thought):
+    prompts = ["a red circle", "a yellow star above a purple square"]
+    keys = [(9, 0, 0, 0), (9, 0, 1, 0)]
+    got = generate.sample(policy, prompts, keys, cfg_weight=2.0, max_thought=max_thought)
+    for n in range(2):
+        words, tokens = naive_sample(policy, prompts[n], keys[n], max_thought, 2.0)
+        assert got.thought_ids[n][got.thought_mask[n]].tolist() == words
+        assert got.image_ids[n].tolist() == tokens
+        assert got.thoughts[n] == policy.tokenizer.decode(words, skip_special_tokens=True).strip()
+    assert got.keys == keys and got.prompts == prompts
+    longest = got.thought_mask.sum(1).max()  # sampling stops when every thought has ended
+    assert got.thought_ids.shape == got.thought_mask.shape == (2, longest)
+    assert (got.thought_ids[~got.thought_mask] == policy.tokenizer.pad_token_id).all()
+
+
+def test_by_default_there_is_a_thought_of_at_most_64_tokens_and_the_checkpoints_guidance(policy):
+    default = generate.sample(policy, PROMPTS, KEYS)
+    spelled_out = generate.sample(policy, PROMPTS, KEYS, True, 1.0, 64)
+    assert torch.equal(default.image_ids, spelled_out.image_ids)
+    guided = copy.deepcopy(policy)
+    guided.model.generation_config.guidance_scale = 3.0
+    expected = generate.sample(policy, PROMPTS[:2], KEYS[:2], cfg_weight=3.0)
+    assert torch.equal(generate.sample(guided, PROMPTS[:2], KEYS[:2]).image_ids, expected.image_ids)
+
+
+def test_the_random_numbers_of_a_pipeline_are_those_of_the_key():
+    """SHA-256 of the key's text, its first seven bytes as the seed."""
+    seed = int("08549a8dbd3d3c", 16)  # printf '(42, 0, 5, 1)' | sha256sum | head -c 14
+    expected = torch.rand(3, generator=torch.Generator().manual_seed(seed))
+    got = torch.rand(3, generator=generate.seeded_generator([42, 0, 5, 1]))
+    assert torch.equal(got, expected)
+
+
+def test_a_number_just_below_one_draws_the_last_token_that_has_probability():
+    logits = torch.zeros(1, 5)
+    assert generate.sample_inverse_cdf(logits, torch.tensor([1 - 2**-24])).tolist() == [4]
+    assert generate.sample_inverse_cdf(logits, torch.tensor([1.0])).tolist() == [4]  # of bfloat16
+    assert generate.sample_inverse_cdf(logits, torch.tensor([0.2])).tolist() == [1]  # [.2, .4)
+
+
+def test_keys_and_values_stay_where_they_are_written():
+    """Three tokens of context, then one more; attention gets what lies before `end`."""
+    cache = generate.KeyValueCache(3, 2, "cpu")
+    first = torch.arange(6.0).view(1, 1, 3, 2)
+    keys, values = cache.update(first, -first, 0)
+    assert torch.equal(keys, first) and torch.equal(values, -first)
+    cache.at, cache.end = torch.tensor([3]), 5
+    new = torch.full((1, 1, 1, 2), 9.0)
+    keys, values = cache.update(new, -new, 0)
+    assert keys[0, 0].tolist() == [[0, 1], [2, 3], [4, 5], [9, 9], [0, 0]]
+    assert torch.equal(values, -keys)
+    other, _ = cache.update(new, new, 1)  # another layer
+    assert other[0, 0].tolist() == [[0, 0]] * 3 + [[9, 9], [0, 0]]
+
+
+def test_pixels_are_rounded_clipped_and_decoded_sixteen_at_a_time():
+    """The decoder's -1 is 0 and its 1 is 255; channels come first there and last in a picture."""
+    sizes = []
+
+    def decode(ids):
+        sizes.append(ids.shape)
+        return ids.float()[:, None, :, None] + torch.tensor([0.0, 0.5, 3.0])[:, None, None]
+
+    model = types.SimpleNamespace(vqmodel=types.SimpleNamespace(decode=decode))
+    policy = types.SimpleNamespace(model=types.SimpleNamespace(model=model))
+    ids = torch.zeros(17, 2, dtype=torch.long)
+    ids[16, 1] = -1
+    images = generate.to_images(policy, ids)
+    assert sizes == [(16, 2)] * 2 and len(images) == 17 and images[0].size == (1, 2)
+    # 127.5 (0 + 1) is 127.5, to the even 128; 127.5 * 1.5 = 191.25; above 1 is white
+    assert images[0].getpixel((0, 0)) == images[16].getpixel((0, 0)) == (128, 191, 255)
+    assert images[16].getpixel((0, 1)) == (0, 64, 255)  # 0, 63.75, 382.5
+
+
+# --- log-probabilities --------------------------------------------------------------------------
+
+
+def test_log_probabilities_are_float32_even_of_bfloat16_logits():
+    logits = torch.tensor([[[8.0, 7.0, 1.0]]]).bfloat16()
+    got = generate.gather_logprobs(logits, torch.tensor([[1]]))
+    # 7 - log(e^8 + e^7 + e^1) = -1 - log(1 + e^-1 + e^-7)
+    assert got.dtype == torch.float32 and got.item() == pytest.approx(-1.313928, abs=1e-5)
+
+
 def test_the_unguided_branch_knows_nothing_of_the_words(policy):
     ids, _ = generate.image_context(policy, ["a red circle", "a blue square"], ["", ""])
     blank = generate.unconditional_ids(policy, ids)
@@ -98,10 +264,19 @@ def test_we_paint_what_transformers_paints(policy, monkeypatch):
     assert torch.equal(ours, theirs)
 
 
-def test_weights_are_float32_and_only_the_language_model_is_trained(policy):
-    for name, parameter in policy.model.named_parameters():
+@pytest.mark.parametrize("image_head", [False, True])
+def test_weights_are_float32_and_only_the_language_model_is_trained(image_head):
+    """And the image head, if asked for."""
+    loaded = generate.load_policy("tiny", dtype=torch.bfloat16, train_image_head=image_head)
+    trained = ["model.language_model.", "lm_head."] + ["model.generation_head."] * image_head
+    for name, parameter in loaded.model.named_parameters():
         assert parameter.dtype == torch.float32
-        assert parameter.requires_grad == name.startswith(("model.language_model", "lm_head"))
+        assert parameter.requires_grad == any(name.startswith(part) for part in trained)
+    assert [id(p) for p in trainable(loaded)] == [
+        id(p) for p in loaded.model.parameters() if p.requires_grad
+    ]
+    assert not loaded.model.training and loaded.dtype == torch.bfloat16
+    assert loaded.reasoning == "plan {}" and generate.load_policy().dtype == torch.float32
 
 
 FILES = {

@@ -1,6 +1,6 @@
 """The policy: a Janus model with its processor, loaded and saved in the Hugging Face format.
 
-Read next: generate.py, which samples from it and scores it
+Read next: generate.py, which samples from it
 """
 
 import json

@@ -41,7 +41,7 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets w
 def shard(policy):
     """FSDP2 in place: float32 shards, arithmetic in the policy's dtype, float32 sum of gradients.
 
-    The root is the whole Janus, because sampling and scoring call several of its modules
+    The root is the whole Janus, because sampling and training call several of its modules
     (embedding, image head, aligner). They run inside one forward pass of the root
     (Policy.run_in_root_forward); outside of it they would find shards. The VQ model is frozen and
     small, and stays whole."""
