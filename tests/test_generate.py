@@ -283,12 +283,24 @@ def test_weights_are_float32_and_only_the_language_model_is_trained(image_head):
     assert loaded.reasoning == "plan {}" and generate.load_policy().dtype == torch.float32
 
 
-def test_a_checkpoint_without_its_own_instruction_gets_the_papers(tmp_path):
+def test_a_checkpoint_in_bfloat16_without_an_instruction_gets_float32_and_the_papers(tmp_path):
     for file in (ROOT / "tiny_world/checkpoints/policy").iterdir():
-        if file.name != "reasoning.txt":
+        if file.name not in ("reasoning.txt", "config.json"):
             (tmp_path / file.name).symlink_to(file)
+    config = json.loads((ROOT / "tiny_world/checkpoints/policy/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    loaded = generate.load_policy(str(tmp_path))
     expected = (ROOT / "prompts/reasoning.txt").read_text(encoding="utf-8").strip()
-    assert generate.load_policy(str(tmp_path)).reasoning == expected
+    assert loaded.reasoning == expected
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("where", ["/nowhere", "./nowhere", "tests"])
+def test_a_folder_without_a_checkpoint_is_refused(where, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        generate.load_policy(where)
+    assert stop.value.code == 2 and "no config.json" in capsys.readouterr().err
 
 
 FILES = {

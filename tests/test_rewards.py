@@ -114,8 +114,9 @@ def test_a_local_reward_works_when_its_scores_are_wanted_and_gets_everything():
     assert calls[1] == calls[0] and rewards.score({}, ["p"], ["x"]) == {}
 
 
-def test_remote_rewards_work_at_the_same_time_and_get_everything():
-    both = threading.Barrier(2)
+def test_all_remote_rewards_work_at_the_same_time_and_get_everything():
+    number = 40
+    barrier = threading.Barrier(number)
 
     class Remote:
         remote = True
@@ -125,16 +126,13 @@ def test_remote_rewards_work_at_the_same_time_and_get_everything():
 
         def __call__(self, prompts, images, metadata):
             assert (prompts, images, metadata) == (["p"], ["x"], ["m"])
-            both.wait(10)  # each waits for the other
+            barrier.wait(10)  # each waits for all others
             return [self.value]
 
-    loaded = {"a": Remote(1.0), "b": lambda *_: [2.0], "c": Remote(3.0)}
+    loaded = {f"remote {n}": Remote(n) for n in range(number)} | {"local": lambda *_: [-1.0]}
     scores = rewards.start_scoring(loaded, ["p"], ["x"], ["m"])()
-    assert {name: values.tolist() for name, values in scores.items()} == {
-        "a": [1],
-        "b": [2],
-        "c": [3],
-    }
+    assert [values.item() for values in scores.values()] == [*range(number), -1]
+    assert list(scores) == list(loaded)
 
 
 def test_a_reward_has_one_role():

@@ -367,25 +367,25 @@ def test_an_adversary_learns_before_it_scores(policy, small_batch, config, monke
     assert log == ["learn", "score"] and metrics == {"d/margin": 0.5, "kl": 3.0}
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 def test_the_deviation_of_the_whole_batch_is_of_all_processes(
-    policy, small_batch, config, monkeypatch
+    policy, small_batch, config, monkeypatch, rank
 ):
-    """--advantage global, in the second of two processes."""
+    """--advantage global, in the first and in the second of two processes."""
     rollouts, _ = small_batch
     other = [20.0, 0.0, 0.0, 0.0, 40.0, 0.0, 0.0, 0.0]
     local = [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0]
-    monkeypatch.setattr(processes, "gather", lambda values: other + values)
-    monkeypatch.setattr(processes, "rank", lambda: 1)
+    gather = lambda values: other + values if rank else values + other
+    monkeypatch.setattr(processes, "gather", gather)
+    monkeypatch.setattr(processes, "rank", lambda: rank)
     monkeypatch.setattr(grpo, "update_policy", lambda *_: {})
     known = known_rewards({"a": 1.0}, a=Known(*local))
     optimizer = torch.optim.SGD(trainable(policy), lr=0.0)
     rows, cfg = load_prompts(config().prompts), config(advantage="global")
     arguments = (policy, policy, known, optimizer, rollouts, rows, 0, cfg, lambda name: None)
     scores, _ = grpo.train_step(*arguments)
-    assert scores["advantage"].shape == (8,)
-    values = other + local
-    mean = sum(values) / 16
-    std = (sum((v - mean) ** 2 for v in values) / 15) ** 0.5
+    mean = sum(other + local) / 16
+    std = (sum((v - mean) ** 2 for v in other + local) / 15) ** 0.5
     expected = [(v - group) / (std + 1e-4) for v, group in zip(local, [3.0] * 4 + [11.0] * 4)]
     assert scores["advantage"].tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -588,6 +588,23 @@ def test_the_reference_is_another_model_or_the_policy_without_its_adapter():
     with sharding.as_reference(policy, None) as chosen:
         assert chosen is policy and events == ["off"]
     assert events == ["off", "on"]
+
+
+def test_with_lora_the_reference_policy_is_the_policy_without_its_adapter(monkeypatch):
+    events = []
+
+    @contextlib.contextmanager
+    def disable_adapter():
+        events.append("off")
+        yield
+        events.append("on")
+
+    policy = types.SimpleNamespace(adapter=types.SimpleNamespace(disable_adapter=disable_adapter))
+    monkeypatch.setattr(grpo, "all_logprobs", lambda *arguments: events.append(arguments) or 5)
+    assert grpo.reference_logprobs(policy, None, "rollouts", "cfg") == 5
+    assert events == ["off", (policy, "rollouts", "cfg"), "on"]
+    assert grpo.reference_logprobs(policy, "reference", "rollouts", "cfg") == 5
+    assert events[3:] == [("reference", "rollouts", "cfg")]
 
 
 # --- rollouts that do not fit -------------------------------------------------------------------
