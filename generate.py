@@ -33,7 +33,7 @@ import torch
 import tyro
 from PIL import Image
 
-from evaluation.layouts import export
+from evaluation.exports import export
 from training import cuda_graph
 from training.files import usage_error
 from training.pictures import write_pictures
