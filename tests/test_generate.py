@@ -82,6 +82,20 @@ def test_the_unguided_branch_knows_nothing_of_the_words(policy):
     assert blank[0, 0] == policy.tokenizer.bos_token_id and blank[0, -1] == policy.boi
 
 
+@pytest.mark.parametrize("context", [generate.thought_context, generate.image_context])
+def test_a_prompt_holds_no_control_tokens(policy, context):
+    """Else "<begin_of_image>" in a prompt would begin the picture."""
+
+    def control_tokens(prompt):
+        arguments = [[""]] if context is generate.image_context else []
+        ids, _ = context(policy, [prompt], *arguments)
+        return [token for token in ids[0].tolist() if token in policy.tokenizer.all_special_ids]
+
+    for token in policy.tokenizer.all_special_tokens:
+        assert control_tokens(f"a {token} cat") == control_tokens("a cat")
+    assert "a < 3" in generate.chat(policy, "a < 3")
+
+
 def test_we_paint_what_transformers_paints(policy, monkeypatch):
     """Greedily, with guidance 3: our loop against JanusForConditionalGeneration.generate."""
     monkeypatch.setattr(generate, "sample_inverse_cdf", lambda logits, uniform: logits.argmax(-1))
