@@ -95,24 +95,15 @@ def write_pictures(
     stopped: the manifest is whole after each batch. Afterwards the folder holds these pictures and
     no others: those of earlier commands are set aside, unknown ones are refused with exit code 2.
     """
-    root, todo, replaced = Path(output_dir), [], 0
+    root = Path(output_dir)
     wanted = {
         f"{i:05d}/samples/{k:04d}.png": (i, k) for i in range(len(rows)) for k in range(num_images)
     }
     entries = set_aside(root, wanted)
-    for path, (i, k) in wanted.items():
-        row, old = rows[i], entries.get(path, {})
-        entry = {"path": path, "id": row["id"], "prompt": row["prompt"], "sample": k, **settings}
-        if old and old.get("prompt") != row["prompt"]:  # nobody may take it for this prompt's
-            (root / path).unlink(missing_ok=True)
-        if overwrite or not (root / path).exists() or not entry.items() <= old.items():
-            todo.append((i, k, entry))
-            replaced += bool(old)
+    todo = pictures_to_make(root, rows, wanted, entries, settings, overwrite)
     for i, row in enumerate(rows):
         with atomic(root / f"{i:05d}" / "metadata.jsonl") as file:
             file.write(json.dumps(row))
-    if replaced:
-        print(f"{replaced} pictures in {root}/ had other prompts or settings; they are replaced")
     write_manifest(root, entries)
     for start in tqdm(range(0, len(todo), batch_size), disable=len(todo) <= batch_size):
         batch = todo[start : start + batch_size]
@@ -128,6 +119,22 @@ def write_pictures(
         write_manifest(root, entries)
     there = len(wanted) - len(todo)
     print(f"{len(todo)} pictures made, {there} were there already, in {root}/")
+
+
+def pictures_to_make(root, rows, wanted, entries, settings, overwrite):
+    """[(row's index, sample number, line of the manifest)] of what is missing or made otherwise."""
+    todo, replaced = [], 0
+    for path, (i, k) in wanted.items():
+        row, old = rows[i], entries.get(path, {})
+        entry = {"path": path, "id": row["id"], "prompt": row["prompt"], "sample": k, **settings}
+        if old and old.get("prompt") != row["prompt"]:  # nobody may take it for this prompt's
+            (root / path).unlink(missing_ok=True)
+        if overwrite or not (root / path).exists() or not entry.items() <= old.items():
+            todo.append((i, k, entry))
+            replaced += bool(old)
+    if replaced:
+        print(f"{replaced} pictures in {root}/ had other prompts or settings; they are replaced")
+    return todo
 
 
 def read_manifest(root):
