@@ -70,6 +70,7 @@ class Config:
     figure: str = ""  # also draw all these runs into one figure, here
     images: str = ""  # a folder of pictures, in any layout of evaluation/layouts.py
     prompts: str = ""  # their prompts, a file of any format
+    tile: Literal[0, 1, 4] = 0  # pictures in a file: 4 in DPG-Bench's tiles [1, or an error]
     rewards: str = "hps,artifact"  # what to score pictures and pairs with
     wise: Literal["", "legacy", "verified"] = ""  # score by this protocol of WISE instead
     pairs: str = ""  # a folder of pairs with test.jsonl, such as tiny_world/pairs
@@ -160,7 +161,7 @@ def score_table(records, names, by_tag=False):
 def evaluate_folder(cfg):
     """Score a folder; exit code 3 if some pictures got no score."""
     rows = load_prompts(cfg.prompts)
-    layout, matched, missing, extra = find_images(cfg.images, rows)
+    layout, matched, missing, extra = find_images(cfg.images, rows, cfg.prompts, cfg.tile)
     print(
         f"{cfg.images}: {layout} layout, {len(matched)} pictures of {len(rows) - len(missing)} "
         f"prompts; {len(missing)} prompts without a picture, {len(extra)} pictures of no prompt"

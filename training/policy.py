@@ -100,3 +100,12 @@ def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_im
 
 def trainable(policy):
     return [p for p in policy.model.parameters() if p.requires_grad]
+
+
+def as_letters(policy, text):
+    """The text without control tokens: "<begin_of_image>" in a prompt would begin the picture. A
+    blank behind the bracket makes it text like any other."""
+    for token in policy.tokenizer.added_tokens_encoder:
+        if token.startswith("<") and len(token) > 1:
+            text = text.replace(token, f"< {token[1:]}")
+    return text
