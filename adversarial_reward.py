@@ -44,6 +44,7 @@ from tiny_world import world
 from training.files import usage_error
 from training.processes import gather
 from training.records import read_jsonl
+from training.weights import load_model
 
 # Shapes:  B pictures   D numbers per token
 
@@ -139,7 +140,7 @@ class Adversarial:
         self.build(str(checkpoint or self.checkpoint))
 
     def build(self, folder):
-        self.dino = Dinov2Model.from_pretrained(folder).eval().requires_grad_(False)
+        self.dino = load_model(Dinov2Model, folder).eval().requires_grad_(False)
         self.dino.to(self.device)
         self.size, width = self.dino.config.image_size, self.dino.config.hidden_size
         with torch.random.fork_rng(devices=[]):  # the same initial weights on all processes

@@ -11,6 +11,8 @@ import math
 import torch
 from transformers import AutoTokenizer
 
+from training.weights import load_model, load_part
+
 
 class GIT:
     """The mean over a prompt's questions.
@@ -28,9 +30,9 @@ class GIT:
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         folder, self.device = checkpoint or self.checkpoint, device
-        self.model = GitForCausalLM.from_pretrained(folder).to(device).eval().requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.processor = CLIPImageProcessorPil.from_pretrained(folder)
+        self.model = load_model(GitForCausalLM, folder).to(device).eval().requires_grad_(False)
+        self.tokenizer = load_part(AutoTokenizer, folder)
+        self.processor = load_part(CLIPImageProcessorPil, folder)
         self.yes, self.no = (self.encode(word)[0] for word in ("yes", "no"))
 
     def encode(self, text):

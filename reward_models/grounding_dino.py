@@ -16,6 +16,8 @@ import math
 import torch
 from transformers import AutoTokenizer
 
+from training.weights import load_model, load_part
+
 # --- boxes are (x0, y0, x1, y1), in shares of the picture ---------------------------------------
 
 
@@ -129,10 +131,10 @@ class GDino:
         from transformers.models.grounding_dino import image_processing_pil_grounding_dino as pil
 
         folder, self.device = checkpoint or self.checkpoint, device
-        self.model = GroundingDinoForObjectDetection.from_pretrained(folder)
+        self.model = load_model(GroundingDinoForObjectDetection, folder)
         self.model.to(device).eval().requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.processor = pil.GroundingDinoImageProcessorPil.from_pretrained(folder)
+        self.tokenizer = load_part(AutoTokenizer, folder)
+        self.processor = load_part(pil.GroundingDinoImageProcessorPil, folder)
 
     @torch.inference_mode()
     def detect(self, phrases, images):

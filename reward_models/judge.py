@@ -14,6 +14,7 @@ import torch
 
 from reward_models.pixels import data_url
 from training.files import usage_error
+from training.weights import load_model, load_part
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"  # where `vllm serve MODEL --port 8000` listens
 TOP = 20  # how many first tokens; servers give at most 20
@@ -29,11 +30,11 @@ class LocalJudge:
         from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as pil
 
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)
+        self.model = load_model(Qwen2_5_VLForConditionalGeneration, checkpoint, dtype=dtype)
         self.model.to(device).eval().requires_grad_(False)
         # The tokenizer and image processor alone: transformers' joint processor needs torchvision.
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self.processor = pil.Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
+        self.tokenizer = load_part(AutoTokenizer, checkpoint)
+        self.processor = load_part(pil.Qwen2VLImageProcessorPil, checkpoint)
         self.failures = collections.Counter()
 
     def chat_prompt(self, question, patches):

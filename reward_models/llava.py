@@ -20,6 +20,7 @@ from reward_models.hub import NAMES, count, snapshot
 from reward_models.judge import ServedJudge
 from reward_models.pixels import in_batches, normalize, pad_to_square, to_tensor
 from training.files import ROOT, usage_error
+from training.weights import load_model, load_part, readable
 
 # Shapes:  B pictures   S tokens   D numbers a token   V tokens in the vocabulary
 
@@ -87,16 +88,13 @@ class LlavaOneVision:
         from transformers import LlavaOnevisionForConditionalGeneration as Model
         from transformers import Qwen2Tokenizer
 
-        folder, self.tokenizer = Path(folder), Qwen2Tokenizer.from_pretrained(folder)
+        folder, self.tokenizer = Path(folder), load_part(Qwen2Tokenizer, folder)
         self.pad = self.tokenizer.pad_token_id or 0
-        config, names = model_config(folder, self.tokenizer), dict(NAMES["llava"])
+        with readable(folder):
+            config = model_config(folder, self.tokenizer)
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        options = dict(config=config, key_mapping=names, dtype=dtype, output_loading_info=True)
-        self.model, report = Model.from_pretrained(folder, **options)
-        wrong = {kind: names for kind, names in report.items() if names}
-        if wrong:  # weights that are missing, unexpected or of another shape
-            reason = f"not a LLaVA-OneVision in the llava_qwen format: {str(wrong)[:300]}"
-            usage_error(f"{folder}: {reason}; give the folder of one")
+        options = dict(config=config, key_mapping=dict(NAMES["llava"]), dtype=dtype)
+        self.model = load_model(Model, folder, **options)
         self.model.to(device).eval().requires_grad_(False)
 
     def encode_pictures(self, images):

@@ -20,6 +20,7 @@ from torch import nn
 
 from reward_models.pixels import normalize, to_tensor
 from training.files import usage_error
+from training.weights import fill, read_weights
 
 # Shapes:  B crops   N places (side x side)   C channels   W windows of w x w places
 
@@ -216,8 +217,7 @@ class MANIQAReward:
         path, self.device = Path(checkpoint or ".") / self.file, device
         if not path.is_file():
             usage_error(f"maniqa: {path} is missing; it is 543 MB: {self.how}")
-        self.model = MANIQA(**sizes)
-        self.model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        self.model = fill(MANIQA(**sizes), read_weights(path), path)
         self.model.float().eval().requires_grad_(False).to(device)
 
     def crops(self, image):
