@@ -11,6 +11,7 @@ import math
 import torch
 from transformers import AutoTokenizer
 
+from training.decode import to_rgb
 from training.weights import load_model, load_part
 
 
@@ -44,7 +45,7 @@ class GIT:
         # [CLS] and the words, no [SEP]: the model continues the question with the answer.
         ids = [[self.tokenizer.cls_token_id, *self.encode(question)] for question in questions]
         words = self.tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
-        pixels = self.processor([image.convert("RGB") for image in images], return_tensors="pt")
+        pixels = self.processor([to_rgb(image) for image in images], return_tensors="pt")
         logits = self.model(**words.to(self.device), **pixels.to(self.device)).logits.float()
         patches = logits.shape[1] - words.input_ids.shape[1]  # the picture's tokens come first
         last = patches + words.attention_mask.sum(1) - 1

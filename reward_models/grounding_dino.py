@@ -16,6 +16,7 @@ import math
 import torch
 from transformers import AutoTokenizer
 
+from training.decode import to_rgb
 from training.weights import load_model, load_part
 
 # --- boxes are (x0, y0, x1, y1), in shares of the picture ---------------------------------------
@@ -144,7 +145,7 @@ class GDino:
             captions, padding=True, return_offsets_mapping=True, return_tensors="pt"
         )
         offsets = words.pop("offset_mapping").tolist()
-        pixels = self.processor([image.convert("RGB") for image in images], return_tensors="pt")
+        pixels = self.processor([to_rgb(image) for image in images], return_tensors="pt")
         output = self.model(**words.to(self.device), **pixels.to(self.device))
         probabilities = output.logits.float().sigmoid().cpu()  # (B, queries, tokens)
         center, size = output.pred_boxes.float().cpu().split(2, -1)

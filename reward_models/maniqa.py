@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from reward_models.pixels import normalize, to_tensor
+from training.decode import to_rgb
 from training.files import usage_error
 from training.weights import fill, read_weights
 
@@ -222,7 +223,7 @@ class MANIQAReward:
 
     def crops(self, image):
         """(9, 3, S, S) in [-1, 1]. A picture smaller than a crop is enlarged first."""
-        image, size, shorter = image.convert("RGB"), self.model.size, min(image.size)
+        image, size, shorter = to_rgb(image), self.model.size, min(image.size)
         if shorter < size:
             image = image.resize([max(size, round(side * size / shorter)) for side in image.size])
         pixels = normalize(to_tensor(image), (0.5,) * 3, (0.5,) * 3)

@@ -7,6 +7,7 @@ the first one counts. An ordinary 8-bit RGB picture keeps its pixels.
 Imports only what an environment of 2023 has, for deqa_server.py.   Read next: pictures.py
 """
 
+import hashlib
 import io
 import sys
 import warnings
@@ -161,3 +162,11 @@ def open_picture(path):
     except BadPicture as problem:
         print(f"error: {path}: not a readable picture ({problem})", file=sys.stderr)
         return None
+
+
+def file_digest(path):
+    """sha256 of a picture file; "" if it cannot be read."""
+    try:
+        return hashlib.sha256(read(path)).hexdigest()
+    except BadPicture:
+        return ""
