@@ -125,6 +125,9 @@ def decode(data):
         image = Image.open(io.BytesIO(data))
     except Exception as problem:
         raise BadPicture(no_picture(data, problem)) from problem
+    jpeg = image.format in ("JPEG", "MPO")
+    if jpeg and data.endswith(bytes(64)) and not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+        raise BadPicture("the file ends in zeros")  # which Pillow would decode, to gray
     with image:
         return to_rgb(image)
 
