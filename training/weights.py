@@ -39,13 +39,24 @@ def load_part(kind, source, **options):
         return kind.from_pretrained(source, **options)
 
 
+def check_kind(kind, source):
+    """Exit code 2 if a checkpoint is of another architecture. With its settings, or none, a model
+    of any size would be built first, and then not be filled."""
+    found = kind.config_class.get_config_dict(source)[0].get("model_type")
+    needed = kind.config_class.model_type
+    if found != needed:
+        usage_error(f"{source}: its config.json has model_type {found!r}; it must be {needed!r}")
+
+
 def load_model(kind, source, **options):
     """kind.from_pretrained(source) with each weight from the checkpoint, else exit code 2.
 
     source: a folder or a hub name. Weights that transformers itself ties, or ignores because they
     are constants, may be missing or left over."""
-    options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # to list them all
     with readable(source):
+        if "config" not in options:
+            check_kind(kind, source)
+        options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # to list them all
         model, report = kind.from_pretrained(source, **options)
     shapes = [f"{name} {tuple(a)} for {tuple(b)}" for name, a, b in report["mismatched_keys"]]
     check_fit(source, report["missing_keys"], report["unexpected_keys"], shapes)
