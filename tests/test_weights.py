@@ -96,6 +96,16 @@ def test_a_lora_beside_complete_weights_is_refused(copy, capsys):
     assert "1 unexpected (extra.lora_A.weight)" in refused(load, folder, capsys)
 
 
+def test_an_adapter_in_the_folder_is_refused(tmp_path, capsys):
+    """transformers would put it into the model, which could then not be trained and saved."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = shutil.copytree(TINY / "policy", tmp_path / "copy")
+    model = generate.load_policy("tiny").model
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    assert "not merged" in refused(policy, folder, capsys)
+
+
 def test_a_weight_of_another_shape_is_refused(copy, capsys):
     folder, load = copy
     change(folder, lambda s: s | {widest(s): torch.cat([s[widest(s)], s[widest(s)][:1]])})

@@ -58,6 +58,10 @@ def load_model(kind, source, **options):
             check_kind(kind, source)
         options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # to list them all
         model, report = kind.from_pretrained(source, **options)
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers found adapter_config.json
+        usage_error(
+            f"{source}: holds a LoRA that is not merged; use merge_and_unload and save that"
+        )
     shapes = [f"{name} {tuple(a)} for {tuple(b)}" for name, a, b in report["mismatched_keys"]]
     check_fit(source, report["missing_keys"], report["unexpected_keys"], shapes)
     return model
