@@ -16,8 +16,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from training.decode import open_picture
 from training.files import atomic, usage_error
-from training.pictures import open_picture, read_manifest
+from training.pictures import read_manifest
 
 
 def export(root, layout, out, style="photo"):

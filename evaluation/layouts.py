@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.exports import record_of, write_files
+from training.decode import open_picture
 from training.files import usage_error
-from training.pictures import open_picture
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 STYLES = {"anime", "concept-art", "paintings", "photo"}  # of HPDv2

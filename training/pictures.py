@@ -1,4 +1,4 @@
-"""Pictures on disk: opened with care, written as GenEval reads them, kept in strips and sheets.
+"""Pictures on disk: written as GenEval reads them, kept in strips and sheets.
 
 Read next: log.py
 """
@@ -15,20 +15,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from training.decode import to_rgb
 from training.files import atomic, usage_error
 from training.records import write_jsonl
 
 STRIP = 12  # pictures in the strip of fixed prompts
 COLUMNS = 16  # pictures in a row of a sheet
-
-
-def open_picture(path):
-    """The picture in RGB, or None and a line on stderr: one damaged file costs one score."""
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as problem:  # Pillow raises all three for bad files
-        print(f"error: {path}: not a readable picture ({problem})", file=sys.stderr)
-        return None
 
 
 def save_png(image, path):
@@ -55,10 +47,11 @@ def save_sheet(images, path):
 
 
 def cut_sheet(path, n):
-    """The first n pictures of a sheet; n times None if there is no such file."""
-    if not Path(path).is_file():
+    """The first n pictures of a sheet; n times None if there is no such file, or a damaged one."""
+    try:  # not `open_picture`: a sheet may be larger than any picture
+        sheet, rows = Image.open(path).convert("RGB"), -(-n // COLUMNS)
+    except Exception:  # no file, or a damaged one
         return [None] * n
-    sheet, rows = Image.open(path).convert("RGB"), -(-n // COLUMNS)
     width, height = sheet.width // COLUMNS, sheet.height // rows
     corners = [(i % COLUMNS * width, i // COLUMNS * height) for i in range(n)]
     return [sheet.crop((x, y, x + width, y + height)) for x, y in corners]
@@ -68,7 +61,7 @@ def diversity(images, group_size):
     """Mean distance between two pictures of a group: one number in [0, 1] for each group.
 
     Root mean square over the pixels at 32 x 32. It is 0 if the policy draws one picture for all."""
-    small = [np.asarray(image.convert("RGB").resize((32, 32)), np.float32) for image in images]
+    small = [np.asarray(to_rgb(image).resize((32, 32)), np.float32) for image in images]
     groups = torch.tensor(np.stack(small)) / 255
     groups = groups.view(len(images) // group_size, group_size, -1)
     distances = torch.cdist(groups, groups) / groups.shape[-1] ** 0.5
