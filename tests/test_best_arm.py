@@ -105,6 +105,29 @@ def test_successive_rejects_spends_what_its_formula_says():
     assert seen(r) == [16, 22, 22, 22]
 
 
+def falling(questions, pictures):
+    """A race in which a question's log-likelihood is its name on the first pictures, and -9 from
+    picture 20 on. So who has seen few pictures has the higher mean."""
+
+    def answers(question, rows):
+        scores = [float(question) if row["n"] < 20 else -9.0 for row in rows]
+        return np.exp(scores)
+
+    return Race(questions, [{"broken": True, "n": n} for n in range(pictures)], answers)
+
+
+@pytest.mark.parametrize("method", ["successive-rejects", "successive-halving"])
+def test_a_question_that_left_does_not_come_back(method):
+    r = falling(["-4", "-3", "-2", "-1"], pictures=1000)
+    assert best_arm.SELECT[method](r, 1, 400) == ["-1"]
+    assert r.scores["-1"].mean() < r.scores["-4"].mean()  # by its mean alone it would
+
+
+def test_the_first_of_equal_questions_is_preferred():
+    r = race(["-1", "-1.0", "-2"], pictures=10)
+    assert best_arm.full(r, 2, 0) == ["-1", "-1.0"]
+
+
 def test_successive_halving_spends_the_same_in_every_round():
     """K = 5, keep 1: 3 rounds of 30 answers, among 5, 3 and 2 questions: 6, 10 and 15 each."""
     r = race(["-5", "-4", "-3", "-2", "-1"], pictures=1000)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import generate
+from training.files import ROOT
 from training.pictures import write_pictures
 from training.policy import trainable
 
@@ -93,6 +94,13 @@ def test_the_contexts_are_the_chat_template_with_the_prompt_and_the_thought(poli
     ids, mask = generate.image_context(policy, prompts, ["red, left", ""])
     texts = ["a red circle. red, left", "three blue crosses above"]
     assert decode(ids, mask) == [turn.format(text) + "<begin_of_image>" for text in texts]
+
+
+def test_the_unguided_branch_knows_nothing_of_the_words(policy):
+    ids, _ = generate.image_context(policy, ["a red circle", "a blue square"], ["", ""])
+    blank = generate.unconditional_ids(policy, ids)
+    assert not torch.equal(ids[0], ids[1]) and torch.equal(blank[0], blank[1])
+    assert blank[0, 0] == policy.tokenizer.bos_token_id and blank[0, -1] == policy.boi
 
 
 def test_with_guidance_each_context_comes_with_its_words_and_without(policy):
@@ -184,7 +192,7 @@ def test_by_default_there_is_a_thought_of_at_most_64_tokens_and_the_checkpoints_
 
 def test_the_random_numbers_of_a_pipeline_are_those_of_the_key():
     """SHA-256 of the key's text, its first seven bytes as the seed."""
-    seed = int("08549a8dbd3d3c", 16)  # printf '(42, 0, 5, 1)' | sha256sum | head -c 14
+    seed = int("79ea720bb510db", 16)  # printf '(42, 0, 5, 1)' | sha256sum | head -c 14
     expected = torch.rand(3, generator=torch.Generator().manual_seed(seed))
     got = torch.rand(3, generator=generate.seeded_generator([42, 0, 5, 1]))
     assert torch.equal(got, expected)
@@ -231,23 +239,6 @@ def test_pixels_are_rounded_clipped_and_decoded_sixteen_at_a_time():
     assert images[16].getpixel((0, 1)) == (0, 64, 255)  # 0, 63.75, 382.5
 
 
-# --- log-probabilities --------------------------------------------------------------------------
-
-
-def test_log_probabilities_are_float32_even_of_bfloat16_logits():
-    logits = torch.tensor([[[8.0, 7.0, 1.0]]]).bfloat16()
-    got = generate.gather_logprobs(logits, torch.tensor([[1]]))
-    # 7 - log(e^8 + e^7 + e^1) = -1 - log(1 + e^-1 + e^-7)
-    assert got.dtype == torch.float32 and got.item() == pytest.approx(-1.313928, abs=1e-5)
-
-
-def test_the_unguided_branch_knows_nothing_of_the_words(policy):
-    ids, _ = generate.image_context(policy, ["a red circle", "a blue square"], ["", ""])
-    blank = generate.unconditional_ids(policy, ids)
-    assert not torch.equal(ids[0], ids[1]) and torch.equal(blank[0], blank[1])
-    assert blank[0, 0] == policy.tokenizer.bos_token_id and blank[0, -1] == policy.boi
-
-
 @pytest.mark.parametrize("context", [generate.thought_context, generate.image_context])
 def test_a_prompt_holds_no_control_tokens(policy, context):
     """Else "<begin_of_image>" in a prompt would begin the picture."""
@@ -262,7 +253,7 @@ def test_a_prompt_holds_no_control_tokens(policy, context):
     assert "a < 3" in generate.chat(policy, "a < 3")
 
 
-def test_we_paint_what_transformers_paints(policy, monkeypatch):
+def test_we_draw_what_transformers_draws(policy, monkeypatch):
     """Greedily, with guidance 3: our loop against JanusForConditionalGeneration.generate."""
     monkeypatch.setattr(generate, "sample_inverse_cdf", lambda logits, uniform: logits.argmax(-1))
     ours = generate.sample(policy, PROMPTS[:1], KEYS[:1], cot=False, cfg_weight=3.0).image_ids
@@ -275,6 +266,19 @@ def test_we_paint_what_transformers_paints(policy, monkeypatch):
         guidance_scale=3.0,
     )
     assert torch.equal(ours, theirs)
+
+
+# --- log-probabilities --------------------------------------------------------------------------
+
+
+def test_log_probabilities_are_float32_even_of_bfloat16_logits():
+    logits = torch.tensor([[[8.0, 7.0, 1.0]]]).bfloat16()
+    got = generate.gather_logprobs(logits, torch.tensor([[1]]))
+    # 7 - log(e^8 + e^7 + e^1) = -1 - log(1 + e^-1 + e^-7)
+    assert got.dtype == torch.float32 and got.item() == pytest.approx(-1.313928, abs=1e-5)
+
+
+# --- checkpoints and prompt files ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("image_head", [False, True])
@@ -290,6 +294,14 @@ def test_weights_are_float32_and_only_the_language_model_is_trained(image_head):
     ]
     assert not loaded.model.training and loaded.dtype == torch.bfloat16
     assert loaded.reasoning == "plan {}" and generate.load_policy().dtype == torch.float32
+
+
+def test_a_checkpoint_without_its_own_instruction_gets_the_papers(tmp_path):
+    for file in (ROOT / "tiny_world/checkpoints/policy").iterdir():
+        if file.name != "reasoning.txt":
+            (tmp_path / file.name).symlink_to(file)
+    expected = (ROOT / "prompts/reasoning.txt").read_text(encoding="utf-8").strip()
+    assert generate.load_policy(str(tmp_path)).reasoning == expected
 
 
 def test_pictures_are_laid_out_as_geneval_reads_them_and_made_once(tmp_path, capsys):

@@ -6,8 +6,10 @@ import json
 import math
 import threading
 import time
+import types
 
 import pytest
+import torch
 import tyro
 from PIL import Image
 
@@ -62,6 +64,80 @@ def test_other_words_are_neither_yes_nor_no(token):
 def test_log_probabilities_that_are_no_numbers_are_left_out():
     top = [("No", NAN), ("no", -math.inf), ("No", -1.0), ("yes", -1.0)]
     assert artifact_reward.prob_no(top) == 0.5
+
+
+def test_a_word_without_probability_is_no_answer():
+    assert math.isnan(artifact_reward.prob_no([("no", -math.inf), ("yes", -math.inf)]))
+    assert artifact_reward.prob_no([("no", -math.inf), ("yes", -1.0)]) == 0
+    assert artifact_reward.prob_no([("no", -1.0)]) == 1
+
+
+def test_each_picture_has_its_own_score_and_what_is_neither_yes_nor_no_is_counted():
+    replies = [[("no", -1.0), ("yes", -1.0)], [], [("The", 0.0), ("A", -1.0)], [("The", 0.0)]]
+    asked = []
+
+    def answers(question, images):
+        asked.append((question, images))
+        return replies
+
+    judge = types.SimpleNamespace(answers=answers, failures=collections.Counter())
+    scores = artifact_reward.judge_images(judge, "Broken?", ["a", "b", "c", "d"])
+    assert scores == pytest.approx([0.5, NAN, NAN, NAN], nan_ok=True)
+    assert asked == [("Broken?", ["a", "b", "c", "d"])]
+    # No answer at all is counted where the request failed, with the reason.
+    assert judge.failures == {"neither yes nor no, but 'The' (yes and no have less than 1%)": 2}
+
+
+def test_a_judge_in_this_process_gives_its_twenty_likeliest_first_tokens(artifact):
+    question = "Do you see noise in this picture? Answer yes or no."
+    images = [image.resize((32, 32)) for image in artifact_reward.sanity_images()]
+    found = artifact.judge.answers(question, [image.convert("RGBA") for image in images])
+    with torch.no_grad():
+        logits = artifact.judge.logits([question] * 2, images)
+    for answer, row in zip(found, logits.tolist()):
+        total = math.log(sum(map(math.exp, row)))
+        likeliest = sorted(range(len(row)), key=lambda token: -row[token])[:20]
+        tokens = [artifact.judge.tokenizer.decode([token]) for token in likeliest]
+        assert [token for token, _ in answer] == tokens
+        expected = pytest.approx([row[token] - total for token in likeliest], abs=1e-4)
+        assert [logprob for _, logprob in answer] == expected
+    assert len(found) == 2 and found[0] != found[1]
+
+
+def test_a_judge_in_this_process_looks_at_sixty_four_pictures_at_a_time(artifact, monkeypatch):
+    calls = []
+
+    def logits(questions, images):
+        calls.append((questions, [image.getpixel((0, 0))[0] for image in images]))
+        assert {image.mode for image in images} == {"RGB"}
+        return torch.eye(65, 500)[[image.getpixel((0, 0))[0] for image in images]]
+
+    monkeypatch.setattr(artifact.judge, "logits", logits)
+    images = [Image.new("RGBA", (2, 2), (n, 0, 0, 255)) for n in range(65)]
+    found = artifact.judge.answers("Broken?", images)
+    assert calls == [(["Broken?"] * 64, list(range(64))), (["Broken?"], [64])]
+    first = [answer[0][0] for answer in found]
+    assert first == [artifact.judge.tokenizer.decode([n]) for n in range(65)]
+
+
+def test_the_sanity_check_asks_about_a_clean_and_a_broken_picture(artifact, monkeypatch, capsys):
+    clean_and_broken = [image.tobytes() for image in artifact_reward.sanity_images()]
+
+    def scores(first, second):
+        def answers(judge, question, images):
+            assert (judge, question) == (artifact.judge, artifact.question)
+            assert [image.tobytes() for image in images] == clean_and_broken
+            return [(score, [("No", math.log(0.9))]) for score in (first, second)]
+
+        monkeypatch.setattr(artifact_reward, "judge_answers", answers)
+
+    scores(0.6, 0.5)
+    artifact.check()
+    for first, second in ((0.5, 0.5), (0.4, 0.5), (NAN, 0.5), (0.5, NAN)):
+        scores(first, second)
+        with pytest.raises(SystemExit) as stop:
+            artifact.check()
+        assert stop.value.code == 2 and "wrong way round" in capsys.readouterr().err
 
 
 # --- a server that misbehaves on command

@@ -48,7 +48,7 @@ def test_a_unanimous_group_gives_no_advantage(divide):
 
 def test_a_unanimous_group_is_judged_by_its_own_rewards():
     """Neither another group nor a failed score makes a difference of 1e-7 an advantage."""
-    values = tensor(*[1.36] * 8, *[0.1 * n for n in range(8)], *[1.36] * 7, NAN)
+    values = tensor(*[1.36] * 8, *[0.4 * n for n in range(8)], *[1.36] * 7, NAN)
     for divide in ("group", "none", "global", "best"):
         got = grpo.group_advantages(values, 8, divide)
         assert (got[:8] == 0).all() and (got[16:] == 0).all() and got[15] > 0
@@ -77,6 +77,7 @@ def test_dr_grpo_does_not_divide_and_flow_grpo_divides_by_the_whole_batch():
 def test_raft_imitates_the_best_of_each_group():
     got = grpo.group_advantages(tensor(1.0, NAN, 3.0, 5.0, 5.0, 5.0), 3, "best")
     assert got.tolist() == [0, 0, 1, 0, 0, 0]  # a unanimous group has no best
+    assert grpo.group_advantages(tensor(1.0, 3.0, 2.0), 3, "best").tolist() == [0, 1, 0]
 
 
 # --- KL and loss --------------------------------------------------------------------------------
@@ -311,6 +312,10 @@ Z_B = [0.1 / 0.115570, 0.1 / 0.115570, -0.1 / 0.115570, -0.1 / 0.115570]
 def test_rewards_are_combined_as_written(how, expected):
     got = rewards.combine(SCORES, WEIGHTS, 4, how, {"b": 10.0})
     assert got.tolist() == pytest.approx(expected, abs=1e-4, nan_ok=True)
+
+
+def test_without_a_choice_the_rewards_are_added():
+    assert rewards.combine(SCORES, WEIGHTS, 4).tolist() == pytest.approx([0.6, 1.6, 2.2, 1.2])
 
 
 def test_a_reward_with_a_negative_weight_is_better_when_smaller():

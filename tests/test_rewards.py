@@ -98,6 +98,91 @@ def test_a_remote_reward_works_while_the_policy_does():
     assert pending()["a"].tolist() == [1.0] and time.monotonic() - begin < 10
 
 
+def test_a_local_reward_works_when_its_scores_are_wanted_and_gets_everything():
+    calls = []
+
+    def local(*arguments):
+        calls.append(arguments)
+        return torch.tensor([1, 2], dtype=torch.float64)
+
+    pending = rewards.start_scoring({"a": local}, ["p", "q"], ["x", "y"], ["m", "n"])
+    assert calls == []
+    scores = pending()
+    assert calls == [(["p", "q"], ["x", "y"], ["m", "n"])]
+    assert scores["a"].tolist() == [1, 2] and scores["a"].dtype == torch.float32
+    rewards.score({"a": local}, ["p", "q"], ["x", "y"], ["m", "n"])
+    assert calls[1] == calls[0] and rewards.score({}, ["p"], ["x"]) == {}
+
+
+def test_remote_rewards_work_at_the_same_time_and_get_everything():
+    both = threading.Barrier(2)
+
+    class Remote:
+        remote = True
+
+        def __init__(self, value):
+            self.value = value
+
+        def __call__(self, prompts, images, metadata):
+            assert (prompts, images, metadata) == (["p"], ["x"], ["m"])
+            both.wait(10)  # each waits for the other
+            return [self.value]
+
+    loaded = {"a": Remote(1.0), "b": lambda *_: [2.0], "c": Remote(3.0)}
+    scores = rewards.start_scoring(loaded, ["p"], ["x"], ["m"])()
+    assert {name: values.tolist() for name, values in scores.items()} == {
+        "a": [1],
+        "b": [2],
+        "c": [3],
+    }
+
+
+def test_a_reward_has_one_role():
+    class Learner:
+        learn = None
+
+    loaded = {name: object() for name in "abc"} | {"d": Learner()}
+    known = rewards.Rewards({"a": 1.0, "d": 2.0, "b": 0.5}, ["c"], loaded)
+    assert known.weights == {"a": 1.0, "d": 2.0, "b": 0.5} and known.all is loaded
+    assert list(known.train) == ["a", "d", "b"] and known.train["b"] is loaded["b"]
+    assert known.heldout == {"c": loaded["c"]} and known.adversaries == {"d": loaded["d"]}
+    assert known.multipliers == {"d": 1.0, "b": 1.0}  # all but the first
+
+
+def test_roles_are_read_from_the_flags():
+    got = rewards.check_roles("hps:2,artifact", "gold,stats", "sum")
+    statistics = ["brightness", "saturation", "edges", "entropy"]
+    assert got == ({"hps": 2.0, "artifact": 1.0}, ["gold", *statistics])
+    for how in ("normalized", "pareto"):
+        assert rewards.check_roles("hps:2", "", how) == ({"hps": 2.0}, [])
+    for how in WITHOUT_WEIGHTS:
+        roles = rewards.check_roles("hps,artifact", "gold", how)
+        assert roles == ({"hps": 1.0, "artifact": 1.0}, ["gold"])
+    url = "http://127.0.0.1:8100"
+    assert rewards.check_roles(f"hps@{url},adversarial", "", "sum")[0].keys() == {
+        "hps",
+        "adversarial",
+    }
+
+
+BAD_ROLES = [
+    ("", "gold", "sum", "--rewards is empty"),
+    ("hps,artifact", "gold,artifact,hps", "sum", "cannot be held out"),
+    ("hps,edges,entropy", "", "sum", "--rewards edges, entropy: an image statistic"),
+    ("hps", "adversarial,adversarial-pickscore", "sum", "adversarial, adversarial-pickscore: it"),
+    ("adversarial@http://127.0.0.1:1", "", "sum", "leave the address out"),
+]
+WITHOUT_WEIGHTS = ("mean", "min", "uwo", "constrained")
+BAD_ROLES += [("hps:2,gold:.5", "", how, "has hps:2, gold:0.5") for how in WITHOUT_WEIGHTS]
+
+
+@pytest.mark.parametrize("training, heldout, how, rule", BAD_ROLES)
+def test_roles_that_contradict_each_other_are_refused(training, heldout, how, rule, capsys):
+    with pytest.raises(SystemExit) as stop:
+        rewards.check_roles(training, heldout, how)
+    assert stop.value.code == 2 and rule in capsys.readouterr().err
+
+
 def test_a_reward_that_learns_cannot_score_before_it_has_learned(capsys):
     picture = "tiny_world/pairs/test/0000_clean.png"
     with pytest.raises(SystemExit):
