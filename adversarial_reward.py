@@ -41,9 +41,11 @@ from transformers import Dinov2Model
 from reward_models.clip import PickScore
 from reward_models.pixels import IMAGENET_MEAN, IMAGENET_STD
 from tiny_world import world
+from training.decode import open_picture, to_rgb
 from training.files import usage_error
 from training.processes import gather
 from training.records import read_jsonl
+from training.weights import load_model
 
 # Shapes:  B pictures   E numbers per token
 
@@ -61,7 +63,7 @@ class References:
     as in the paper. Exit code 2 if the source is not readable."""
 
     def __init__(self, source=None):
-        self.source, self.files, self.drawings = source, {}, {}
+        self.source, self.files, self.drawings, self.damaged = source, {}, {}, set()
         if source is None:
             return
         path = Path(source) / "manifest.jsonl" if Path(source).is_dir() else Path(source)
@@ -104,11 +106,21 @@ class References:
                 )
 
     def choose(self, prompt, rng):
+        """A reference at random; None if all files of the prompt are damaged."""
         if self.source is not None:
-            return Image.open(rng.choice(self.files[prompt])).convert("RGB")
+            files = self.files[prompt]
+            picked = self.open(rng.choice(files))
+            # The draws depend on the files only, so a resumed run repeats them.
+            return picked or next(filter(None, map(self.open, rng.sample(files, len(files)))), None)
         if prompt not in self.drawings:
             self.drawings[prompt] = [world.reference_picture(prompt, key) for key in range(8)]
         return rng.choice(self.drawings[prompt])
+
+    def open(self, file):
+        """As open_picture; a damaged file is named once and not opened again."""
+        image = None if file in self.damaged else open_picture(file)
+        self.damaged |= set() if image else {file}
+        return image
 
 
 # --- the discriminator --------------------------------------------------------------------------
@@ -139,7 +151,7 @@ class Adversarial:
         self.build(str(checkpoint or self.checkpoint))
 
     def build(self, folder):
-        self.dino = Dinov2Model.from_pretrained(folder).eval().requires_grad_(False)
+        self.dino = load_model(Dinov2Model, folder).eval().requires_grad_(False)
         self.dino.to(self.device)
         self.size, width = self.dino.config.image_size, self.dino.config.hidden_size
         with torch.random.fork_rng(devices=[]):  # the same initial weights on all processes
@@ -162,7 +174,7 @@ class Adversarial:
         trained on these and scores these. (Released: trained on them raw, but scores them scaled to
         length 1.)"""
         # Pictures are resized to a square without cropping, as released.
-        squares = [i.convert("RGB").resize((self.size, self.size), Image.BICUBIC) for i in images]
+        squares = [to_rgb(i).resize((self.size, self.size), Image.BICUBIC) for i in images]
         data = [torch.frombuffer(bytearray(s.tobytes()), dtype=torch.uint8) for s in squares]
         data = torch.stack(data).view(-1, self.size, self.size, 3) / 255
         data = (data - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
@@ -193,6 +205,12 @@ class Adversarial:
         scores = [self.discriminate(prompts[i : i + 64], images[i : i + 64])[0] for i in starts]
         return torch.cat(scores).float().cpu()
 
+    def with_references(self, prompts, images, rng):
+        """(prompts, images, their references), without those that have no readable one."""
+        chosen = [self.references.choose(prompt, rng) for prompt in prompts]
+        known = [pair for pair in zip(prompts, images, chosen) if pair[2] is not None]
+        return [list(column) for column in zip(*known)] or ([], [], [])
+
     def learn(self, prompts, images):
         """Update the discriminator on a step's rollouts, of all processes, against references of
         the same prompts. Returns metrics of the discriminator *before* it learned from these.
@@ -200,8 +218,12 @@ class Adversarial:
         Half of each batch is new, half is from past steps. (The released code samples anew for each
         of its nine updates: nine tenths of the pictures it pays for never train the policy.)"""
         rng = random.Random(f"{self.seed} {self.calls}")  # the same batches on all processes
-        references = [self.references.choose(prompt, rng) for prompt in prompts]
-        real, fake = self(list(prompts), references), self(prompts, images)
+        self.calls += 1
+        prompts, images, references = self.with_references(prompts, images, rng)
+        if not references:  # all files of these prompts are damaged
+            nothing = dict.fromkeys(("accuracy", "margin", "reference", "generated"), math.nan)
+            return nothing | {"updates": 0}
+        real, fake = self(prompts, references), self(prompts, images)
         metrics = {
             "accuracy": (real > fake).float().mean().item(),
             "margin": (real - fake).mean().item(),
@@ -214,14 +236,15 @@ class Adversarial:
             half = BATCH // 2 if self.past else BATCH
             batch = rng.choices(new, k=half) + rng.choices(self.past or new, k=BATCH - half)
             batch_prompts, generated = zip(*batch)
-            shown = [self.references.choose(prompt, rng) for prompt in batch_prompts]
+            batch_prompts, generated, shown = self.with_references(batch_prompts, generated, rng)
+            if not shown:
+                continue
             real = self.discriminate(batch_prompts, shown)
             loss = self.loss(real, self.discriminate(batch_prompts, generated))
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
         self.past = (self.past + new)[-REPLAY:]
-        self.calls += 1
         return metrics | {"updates": updates}
 
     def state_dict(self):

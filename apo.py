@@ -39,7 +39,6 @@ from typing import Literal
 
 import numpy as np
 import tyro
-from PIL import Image
 
 from artifact_reward import judge_images, read_question
 from evaluation import pages
@@ -48,6 +47,7 @@ from evaluation.labels import compare, load_examples, with_intervals
 from evaluation.tables import interval, markdown
 from reward_models.judge import DEFAULT_URL, LocalJudge, ServedJudge
 from tiny_world.questions import ScriptedEditor
+from training.decode import file_digest, open_picture
 from training.files import ROOT, atomic, usage_error
 from training.processes import pick_device
 from training.records import write_jsonl
@@ -95,7 +95,7 @@ class CachedJudge:
         self.db.execute("PRAGMA synchronous = OFF")  # only a power cut could lose answers
         self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT)")
         self.judge, self.name = judge, name
-        self.used, self.calls, self.digests = set(), 0, {}
+        self.used, self.calls, self.digests, self.damaged = set(), 0, {}, set()
 
     def __call__(self, question, examples):
         """P(broken) for each example, (N,); NaN, which is not saved, where there is no answer."""
@@ -105,16 +105,22 @@ class CachedJudge:
         missing = [i for key, i in last.items() if self.recall(key) is None]
         if missing:
             self.calls += len(missing)
-            images = [Image.open(examples[i]["path"]).convert("RGB") for i in missing]
+            images = [self.open(examples[i]) for i in missing]
             for i, score in zip(missing, judge_images(self.judge, question, images)):
                 if math.isfinite(score):
                     self.save(keys[i], repr(1 - score))
         return np.array([float(self.recall(key) or "nan") for key in keys])
 
+    def open(self, example):
+        """The picture, or None: a damaged one is named once."""
+        image = None if example["path"] in self.damaged else open_picture(example["path"])
+        self.damaged |= set() if image else {example["path"]}
+        return image
+
     def digest(self, example):
         path = example["path"]
         if path not in self.digests:
-            self.digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+            self.digests[path] = file_digest(path)
         return self.digests[path]
 
     def recall(self, key):
@@ -143,7 +149,7 @@ class Writer:
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         answer = self.memory.recall(key)
         if answer is None:
-            images = [Image.open(example["path"]) for example, _ in mistakes]
+            images = [self.memory.open(example) for example, _ in mistakes]  # judged: readable
             answer = self.served.write(text, images, temperature=0.7, seed=seed)
             if answer:
                 self.memory.save(key, answer)
@@ -351,7 +357,7 @@ def mistakes(p_broken, examples, n=40):
     wrong = [i for i in np.argsort(-abs(p_broken - broken)) if known[i] and called[i] != broken[i]]
     worst = []
     for i in wrong[:n]:
-        row = {"picture": Image.open(examples[i]["path"]), "prompt": examples[i]["prompt"]}
+        row = {"picture": open_picture(examples[i]["path"]), "prompt": examples[i]["prompt"]}
         row["it is"] = "broken" if broken[i] else "clean"
         worst.append(row | {"P(broken)": float(p_broken[i])})
     return {"Confusion": confusion, "Still judged wrongly, worst first": worst}

@@ -24,6 +24,7 @@ process or on a server, is in reward_models/judge.py.   Read next: grpo.py
 import math
 import os
 import random
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +36,27 @@ from PIL import Image, ImageDraw
 
 from evaluation import pages
 from reward_models.judge import DEFAULT_URL, LocalJudge, ServedJudge
+from training.decode import open_picture
 from training.files import ROOT, atomic, usage_error
-from training.pictures import open_picture
 from training.processes import pick_device
+
+MIN_SHARE = 0.01  # of yes and no together in the first token; the tiny judge gives them > 0.9999
+SANITY_SHARE, SANITY_MARGIN = 0.1, 0.02  # what the sanity check demands
+
+
+def spellings(top_logprobs):
+    """[(token, logprob)] -> those that mean yes or no, as [("yes" or "no", logprob)].
+
+    Blanks (also as tokenizers write them: "\u2581", "\u0120", "\u010a") and signs around the word
+    do not count: "No," and "**No" mean no, "Yes/No" means neither."""
+    edge = "[\\W_\u0120\u010a]+"
+    answers = [(re.sub(f"^{edge}|{edge}$", "", t).lower(), p) for t, p in top_logprobs]
+    return [(word, p) for word, p in answers if word in ("yes", "no") and math.isfinite(p)]
+
+
+def answer_share(top_logprobs):
+    """P(yes) + P(no): how much of the first token is an answer at all."""
+    return sum(math.exp(min(logprob, 0.0)) for _, logprob in spellings(top_logprobs))
 
 
 def prob_no(top_logprobs):
@@ -46,30 +65,38 @@ def prob_no(top_logprobs):
     >>> top = [("No", math.log(.6)), (" no", math.log(.2)), ("Yes", math.log(.2)), ("Maybe", -9.0)]
     >>> round(prob_no(top), 6)
     0.8
-    >>> prob_no([("The", -0.1)])
+    >>> prob_no([("The", -0.1), ("Yes", -13.0)])
     nan
 
-    All spellings are added up. (The released code keeps one of them, the least likely.)"""
-    answers = [(token.strip().lower(), logprob) for token, logprob in top_logprobs]
-    answers = [(word, logprob) for word, logprob in answers if word in ("yes", "no")]
-    best = max((logprob for _, logprob in answers), default=-math.inf)
-    if not math.isfinite(best):
+    All spellings are added up. (The released code keeps one of them, the least likely.) NaN where
+    they have less than MIN_SHARE together: their ratio is noise then."""
+    answers, mass = spellings(top_logprobs), {"yes": 0.0, "no": 0.0}
+    if answer_share(top_logprobs) < MIN_SHARE:
         return math.nan
-    mass = {"yes": 0.0, "no": 0.0}
-    for word, logprob in answers:  # relative to the best one, so that tiny ones do not become 0
+    best = max(logprob for _, logprob in answers)
+    for word, logprob in answers:
         mass[word] += math.exp(logprob - best)
     return mass["no"] / (mass["yes"] + mass["no"])
 
 
+def judge_answers(judge, question, images):
+    """(prob_no, first answer tokens) of each picture by either kind of judge. NaN where there is
+    none: for None (a damaged file), and, counted with its reason in judge.failures, for a picture
+    without an answer."""
+    readable, found = [image for image in images if image is not None], []
+    answers = iter(judge.answers(question, readable) if readable else ())
+    for image in images:
+        answer = [] if image is None else next(answers)
+        found.append((prob_no(answer), answer))
+        if answer and math.isnan(found[-1][0]):
+            share = f"yes and no have less than {MIN_SHARE:.0%}"
+            judge.failures[f"neither yes nor no, but {answer[0][0]!r} ({share})"] += 1
+    return found
+
+
 def judge_images(judge, question, images):
-    """prob_no of each picture by either kind of judge; NaN, counted with its reason in
-    judge.failures, where there is none."""
-    scores = []
-    for answer in judge.answers(question, images):
-        scores.append(prob_no(answer))
-        if answer and math.isnan(scores[-1]):
-            judge.failures[f"neither yes nor no, but {answer[0][0]!r}"] += 1
-    return scores
+    """The prob_no of each picture."""
+    return [score for score, _ in judge_answers(judge, question, images)]
 
 
 def read_question(text):
@@ -122,15 +149,21 @@ class ArtifactReward:
         return torch.tensor(judge_images(self.judge, self.question, list(images)))
 
     def check(self):
-        """Before anything is trained on this judge, it must score an obviously broken picture below
-        a clean one. This finds a wrong model, or a server that ignores pictures, at once."""
-        clean, broken = self([""] * 2, sanity_images()).tolist()
-        if not clean > broken:
-            usage_error(
-                f"the judge gives a clean picture {clean:.3f} and a broken one {broken:.3f}, which "
-                "is the wrong way round; look with `python artifact_reward.py PICTURE --explain "
-                f"PAGE`, or change --question ({dict(self.failures) or self.question!r})"
-            )
+        """Before anything is trained on this judge, it must answer yes or no, and score a picture
+        that is obviously broken below a clean one. This finds a wrong model, one that thinks aloud
+        first, or a server that ignores pictures, at once."""
+        answers = judge_answers(self.judge, self.question, sanity_images())
+        (clean, _), (broken, _) = answers
+        share = min(answer_share(answer) for _, answer in answers)
+        if clean - broken >= SANITY_MARGIN and share >= SANITY_SHARE:
+            return
+        usage_error(
+            f"the judge gives a clean picture {clean:.3f} and a broken one {broken:.3f}, which is "
+            f"the wrong way round or less than {SANITY_MARGIN} apart, or its first word is seldom "
+            f"yes or no ({share:.3f} of it, at least {SANITY_SHARE} is needed); look with `python "
+            "artifact_reward.py PICTURE --explain PAGE`, or change --question "
+            f"({dict(self.failures) or self.question!r})"
+        )
 
 
 def sanity_images(side=256):
@@ -174,8 +207,7 @@ def main(cfg):
     rows = []
     for path in cfg.images:
         image = open_picture(path)
-        answer = reward.judge.answers(reward.question, [image])[0] if image else []
-        score = prob_no(answer)
+        ((score, answer),) = judge_answers(reward.judge, reward.question, [image])
         print(f"{score:.4f}  {path}")
         said = ", ".join(f"{token!r} {math.exp(logprob):.3f}" for token, logprob in answer[:6])
         row = {"picture": image or "", "file": path, "first answer tokens": said, "score": score}

@@ -24,7 +24,6 @@ Left out: the detectors of GenEval and T2I-CompBench. Their own scorers read wha
 `generate.py --layout` writes.   Read next: adversarial_reward.py
 """
 
-import hashlib
 import math
 import statistics
 import sys
@@ -35,7 +34,6 @@ from typing import Annotated, Literal
 
 import tyro
 from markupsafe import Markup
-from PIL import Image
 from tqdm import tqdm
 
 import rewards as reward_lib
@@ -44,8 +42,9 @@ from evaluation.figures import hacking_figure, report_page
 from evaluation.layouts import find_images
 from evaluation.tables import bootstrap, markdown
 from reward_models.judge import DEFAULT_URL, ServedJudge
+from training.decode import file_digest, open_picture
 from training.files import atomic, usage_error
-from training.pictures import cut_sheet, open_picture
+from training.pictures import cut_sheet
 from training.processes import pick_device
 from training.prompts import load_prompts
 from training.records import mean, read_jsonl, write_jsonl
@@ -70,6 +69,7 @@ class Config:
     figure: str = ""  # also draw all these runs into one figure, here
     images: str = ""  # a folder of pictures, in any layout of evaluation/layouts.py
     prompts: str = ""  # their prompts, a file of any format
+    tile: Literal[0, 1, 4] = 0  # pictures in a file: 4 in DPG-Bench's tiles [1, or an error]
     rewards: str = "hps,artifact"  # what to score pictures and pairs with
     wise: Literal["", "legacy", "verified"] = ""  # score by this protocol of WISE instead
     pairs: str = ""  # a folder of pairs with test.jsonl, such as tiny_world/pairs
@@ -106,7 +106,7 @@ def score_images(matched, rewards, known, save, batch_size=64):
         batch = matched[start : start + batch_size]
         new = []
         for row, sample, path in batch:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()  # a redrawn picture is another
+            digest = file_digest(path)  # a redrawn picture is another
             record = {"path": str(path), "id": row["id"], "prompt": row["prompt"]}
             record |= {"tag": row["tag"], "sample": sample, "sha256": digest}
             new.append(earlier.get((str(path), digest), {}) | record)
@@ -122,15 +122,13 @@ def score_batch(batch, records, rewards):
     images = {}
     for name, reward in rewards.items():
         todo = [i for i, record in enumerate(records) if math.isnan(record.get(name, math.nan))]
-        for i in todo:
-            records[i][name] = math.nan
-            if i not in images:
-                images[i] = open_picture(batch[i][2])
-        good = [i for i in todo if images[i] is not None]
-        if good:
-            prompts, rows = [records[i]["prompt"] for i in good], [batch[i][0] for i in good]
-            scores = reward_lib.score({name: reward}, prompts, [images[i] for i in good], rows)
-            for i, value in zip(good, scores[name].tolist()):
+        images |= {i: open_picture(batch[i][2]) for i in todo if i not in images}
+        if todo:
+            prompts, rows = [records[i]["prompt"] for i in todo], [batch[i][0] for i in todo]
+            scores = reward_lib.score_opened(
+                {name: reward}, prompts, [images[i] for i in todo], rows
+            )
+            for i, value in zip(todo, scores[name].tolist()):
                 records[i][name] = value
 
 
@@ -160,7 +158,7 @@ def score_table(records, names, by_tag=False):
 def evaluate_folder(cfg):
     """Score a folder; exit code 3 if some pictures got no score."""
     rows = load_prompts(cfg.prompts)
-    layout, matched, missing, extra = find_images(cfg.images, rows)
+    layout, matched, missing, extra = find_images(cfg.images, rows, cfg.prompts, cfg.tile)
     print(
         f"{cfg.images}: {layout} layout, {len(matched)} pictures of {len(rows) - len(missing)} "
         f"prompts; {len(missing)} prompts without a picture, {len(extra)} pictures of no prompt"
@@ -212,17 +210,19 @@ def print_summary(path):
 # --- pairs --------------------------------------------------------------------------------------
 
 
-def pair_scores(reward, folder):
-    """(rows, scores of the clean pictures, scores of the broken ones) of folder/test.jsonl."""
+def read_pairs(folder):
+    """(rows, clean pictures, broken ones) of folder/test.jsonl; None for a damaged picture."""
     folder = Path(folder)
     if not (folder / "test.jsonl").is_file():
         usage_error(f"--pairs {folder}: no test.jsonl; a line has prompt, clean and broken (files)")
-    rows, scores = read_jsonl(folder / "test.jsonl"), []
-    prompts = [row["prompt"] for row in rows]
-    for side in ("clean", "broken"):
-        images = [Image.open(folder / row[side]).convert("RGB") for row in rows]
-        scores.append(reward(prompts, images, rows).tolist())
-    return rows, *scores
+    rows = read_jsonl(folder / "test.jsonl")
+    if not rows:
+        usage_error(f"--pairs {folder}: test.jsonl is empty; a line is a pair")
+    for number, row in enumerate(rows, 1):
+        if not all(isinstance(row.get(name), str) for name in ("prompt", "clean", "broken")):
+            usage_error(f"{folder}/test.jsonl, line {number}: needs prompt, clean and broken")
+    sides = [[open_picture(folder / row[side]) for row in rows] for side in ("clean", "broken")]
+    return rows, *sides
 
 
 def pair_accuracy(couples):
@@ -234,11 +234,13 @@ def pair_accuracy(couples):
 
 def pair_table(rewards, folder):
     """The paper's Table 2 for these rewards, a row each."""
-    table = []
+    rows, clean, broken = read_pairs(folder)
+    table, prompts = [], [row["prompt"] for row in rows]
     for name, reward in rewards.items():
-        rows, clean, broken = pair_scores(reward, folder)
-        couples = list(zip(clean, broken))
-        prompts = [row["prompt"] for row in rows]
+        scores = [
+            reward_lib.score_opened({name: reward}, prompts, x, rows)[name] for x in (clean, broken)
+        ]
+        couples = list(zip(*(values.tolist() for values in scores)))
         low, high = bootstrap(lambda pick, c=couples: pair_accuracy(c[i] for i in pick), prompts)
         table.append(
             {
@@ -338,7 +340,10 @@ def main(cfg):
     if cfg.images:
         evaluate_folder(cfg)
     elif cfg.pairs:
-        print(markdown(pair_table(load_rewards(cfg), cfg.pairs)))
+        table = pair_table(load_rewards(cfg), cfg.pairs)
+        print(markdown(table))
+        if any(row["failed"] for row in table):
+            sys.exit(3)
     elif cfg.summarize:
         sys.exit(3 if print_summary(cfg.summarize) else 0)
     elif cfg.compare:

@@ -33,11 +33,11 @@ import torch
 import tyro
 from PIL import Image
 
-from evaluation.layouts import export
+from evaluation.exports import export
 from training import cuda_graph
 from training.files import usage_error
 from training.pictures import write_pictures
-from training.policy import load_policy
+from training.policy import as_letters, load_policy
 from training.processes import pick_device
 from training.prompts import load_prompts
 from training.sharding import cast_frozen_weights
@@ -50,7 +50,7 @@ from training.sharding import cast_frozen_weights
 
 def chat(policy, text):
     """One user turn in the checkpoint's own template, up to where the model begins to write."""
-    turn = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    turn = [{"role": "user", "content": [{"type": "text", "text": as_letters(policy, text)}]}]
     return policy.processor.apply_chat_template(turn, add_generation_prompt=True)
 
 

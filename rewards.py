@@ -46,8 +46,8 @@ from reward_models.maniqa import MANIQAReward
 from reward_models.serving import DeQA, RemoteReward, serve
 from reward_models.vqascore import VQAScore
 from tiny_world.gold import Gold, GoldAligned, GoldClean
+from training.decode import open_picture
 from training.files import ROOT, usage_error
-from training.pictures import open_picture
 from training.processes import pick_device
 
 # Shapes:  N pictures or rollouts   K rewards
@@ -237,6 +237,17 @@ def score(rewards, prompts, images, metadata=None):
     return start_scoring(rewards, prompts, images, metadata)()
 
 
+def score_opened(rewards, prompts, images, metadata=None):
+    """`score` for what open_picture gave: NaN from all rewards for None, a damaged file."""
+    good, scores = [i for i, image in enumerate(images) if image is not None], {}
+    parts = [[values[i] for i in good] for values in (prompts, images, metadata or prompts)]
+    known = score(rewards, *parts[:2], parts[2] if metadata else None) if good else {}
+    for name in rewards:
+        scores[name] = torch.full((len(images),), math.nan)
+        scores[name][good] = known.get(name, torch.empty(0))
+    return scores
+
+
 # --- several rewards, one number ----------------------------------------------------------------
 
 
@@ -327,11 +338,8 @@ def score_files(loaded, files, prompt):
     """One row for each file; NaN where it is no readable picture."""
     rows = []
     for path in files:
-        image = open_picture(path)
-        scores = dict.fromkeys(loaded, math.nan)
-        if image:
-            scores = {name: reward([prompt], [image]).item() for name, reward in loaded.items()}
-        rows.append(scores | {"picture": path})
+        scores = score_opened(loaded, [prompt], [open_picture(path)])
+        rows.append({name: value.item() for name, value in scores.items()} | {"picture": path})
     return rows
 
 

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from evaluation import hacking, pages
 from evaluation.hacking import names_in
 from evaluation.tables import interval
+from training.decode import open_picture
 from training.files import atomic
 from training.pictures import cut_sheet, save_png
 from training.records import read_jsonl
@@ -28,6 +29,11 @@ def strips_of(run):
     return sorted((Path(run) / "samples").glob("step_*.png"))
 
 
+def open_strip(file):
+    """A strip; one white picture for a damaged file, which is named on stderr."""
+    return open_picture(file) or Image.new("RGB", (96, 96), "white")
+
+
 def training_grid(run, path, rows=11):
     """Draw the fixed prompts, a row for each test: the same prompts and noise throughout training.
 
@@ -35,10 +41,10 @@ def training_grid(run, path, rows=11):
     files = strips_of(run)
     if len(files) > rows:
         files = [files[round(i * (len(files) - 1) / (rows - 1))] for i in range(rows)]
-    strips = [Image.open(file) for file in files]
+    strips = [open_strip(file) for file in files]
     margin, gap = 70, 4
     height = sum(strip.height + gap for strip in strips)
-    grid = Image.new("RGB", (margin + strips[0].width, height), "white")
+    grid = Image.new("RGB", (margin + max(strip.width for strip in strips), height), "white")
     pen, y = ImageDraw.Draw(grid), 0
     for file, strip in zip(files, strips):
         step = int(file.stem.split("_")[1])
@@ -129,7 +135,7 @@ def draw_strips(figure, runs, groups):
         strips[f"after GRPO on {trained}"] = strips_of(members[0][0])[-1]
     axes = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
     for axis, (title, strip) in zip(axes, strips.items()):
-        axis.imshow(Image.open(strip))
+        axis.imshow(open_strip(strip))
         axis.set_title(title, fontsize=9, loc="left", pad=2)
         axis.axis("off")
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from evaluation.best_arm import log_likelihoods
 from evaluation.tables import bootstrap
+from training.decode import SUFFIXES
 from training.files import usage_error
 from training.records import read_jsonl
 
@@ -32,7 +33,7 @@ def load_examples(path):
     elif path.is_file():
         splits = split_by_prompt(read_labels(path))
     elif (path / "clean").is_dir():
-        files = [(k, f) for k in ("clean", "broken") for f in sorted((path / k).glob("*.*"))]
+        files = [(k, f) for k in ("clean", "broken") for f in pictures_in(path / k)]
         splits = split_by_prompt(
             {"path": file, "prompt": file.stem.split("__")[0], "broken": kind == "broken"}
             for kind, file in files
@@ -41,6 +42,16 @@ def load_examples(path):
         usage_error(f"--data {path}: no train.jsonl, no JSONL file, no clean/ and broken/")
     check_splits(splits, path)
     return splits
+
+
+def pictures_in(folder):
+    """The picture files of a folder; what else lies there (.DS_Store, notes) is counted aloud."""
+    files = sorted(path for path in folder.glob("*") if path.is_file())
+    found = [f for f in files if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
+    if len(found) < len(files):
+        others = ", ".join(sorted({f.name for f in files} - {f.name for f in found})[:3])
+        print(f"{folder}: {len(files) - len(found)} files are no pictures ({others})")
+    return found
 
 
 def split_by_prompt(examples):

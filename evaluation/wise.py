@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from evaluation.official_scores import HIGHEST, WEIGHTS
-from training.pictures import open_picture
+from training.decode import open_picture
 
 
 def instruction(protocol, prompt, explanation):

@@ -19,6 +19,7 @@ from reward_models import pixels
 from reward_models.hub import NAMES, download, rename
 from reward_models.pixels import CLIP_MEAN, CLIP_STD
 from training.files import usage_error
+from training.weights import fill, load_model, load_part, read_weights
 
 # Shapes:  N pictures, each with its prompt   D numbers in an embedding
 
@@ -51,7 +52,7 @@ class Clip:
         """model: a CLIPModel; base: folder or hub name of a CLIP with the right vocabulary."""
         # float32: scores of a group differ by about 0.01, and bfloat16 has steps of 0.002 at 0.3.
         self.model, self.device = model.float().eval().requires_grad_(False).to(device), device
-        self.tokenizer = CLIPTokenizer.from_pretrained(base)
+        self.tokenizer = load_part(CLIPTokenizer, base)
         self.size = model.config.vision_config.image_size
         self.length = model.config.text_config.max_position_embeddings
 
@@ -101,11 +102,11 @@ class HPS(Clip):
 
     def __init__(self, device="cpu", checkpoint=None):
         folder = checkpoint or self.checkpoint
-        weights = torch.load(download(folder, self.file), weights_only=True)["state_dict"]
+        file = download(folder, self.file)
+        weights = read_weights(file, "state_dict")
         base = folder if Path(folder).is_dir() else CLIP_H  # which the published weights lack
-        model = CLIPModel(CLIPConfig.from_pretrained(base))
-        model.load_state_dict(from_open_clip(weights))
-        self.prepare(model, base, device)
+        model = CLIPModel(load_part(CLIPConfig, base))
+        self.prepare(fill(model, from_open_clip(weights), file), base, device)
 
 
 class PickScore(Clip):
@@ -121,7 +122,7 @@ class PickScore(Clip):
     def __init__(self, device="cpu", checkpoint=None):
         folder = checkpoint or self.checkpoint
         base = folder if Path(folder).is_dir() else CLIP_H
-        self.prepare(CLIPModel.from_pretrained(folder), base, device)
+        self.prepare(load_model(CLIPModel, folder), base, device)
 
     def similarity(self, image_embeddings, prompts):
         return self.model.logit_scale.exp() * super().similarity(image_embeddings, prompts)
@@ -145,10 +146,9 @@ class Aesthetic(Clip):
         if not head.is_file():
             usage_error(f"aesthetic: {head} is missing; it is 4 kB: {self.how}")
         base = head.parent if (head.parent / "config.json").is_file() else self.checkpoint
-        self.prepare(CLIPModel.from_pretrained(base), base, device)
-        self.linear = torch.nn.Linear(self.model.config.projection_dim, 1)
-        self.linear.load_state_dict(torch.load(head, weights_only=True))
-        self.linear.to(device).requires_grad_(False)
+        self.prepare(load_model(CLIPModel, base), base, device)
+        linear = torch.nn.Linear(self.model.config.projection_dim, 1)
+        self.linear = fill(linear, read_weights(head), head).to(device).requires_grad_(False)
 
     def similarity(self, image_embeddings, prompts):
         return self.linear(image_embeddings)[:, 0]

@@ -11,6 +11,9 @@ import math
 import torch
 from transformers import AutoTokenizer
 
+from training.decode import to_rgb
+from training.weights import load_model, load_part
+
 
 class GIT:
     """The mean over a prompt's questions.
@@ -28,9 +31,9 @@ class GIT:
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         folder, self.device = checkpoint or self.checkpoint, device
-        self.model = GitForCausalLM.from_pretrained(folder).to(device).eval().requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.processor = CLIPImageProcessorPil.from_pretrained(folder)
+        self.model = load_model(GitForCausalLM, folder).to(device).eval().requires_grad_(False)
+        self.tokenizer = load_part(AutoTokenizer, folder)
+        self.processor = load_part(CLIPImageProcessorPil, folder)
         self.yes, self.no = (self.encode(word)[0] for word in ("yes", "no"))
 
     def encode(self, text):
@@ -42,7 +45,7 @@ class GIT:
         # [CLS] and the words, no [SEP]: the model continues the question with the answer.
         ids = [[self.tokenizer.cls_token_id, *self.encode(question)] for question in questions]
         words = self.tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
-        pixels = self.processor([image.convert("RGB") for image in images], return_tensors="pt")
+        pixels = self.processor([to_rgb(image) for image in images], return_tensors="pt")
         logits = self.model(**words.to(self.device), **pixels.to(self.device)).logits.float()
         patches = logits.shape[1] - words.input_ids.shape[1]  # the picture's tokens come first
         last = patches + words.attention_mask.sum(1) - 1

@@ -16,6 +16,9 @@ import math
 import torch
 from transformers import AutoTokenizer
 
+from training.decode import to_rgb
+from training.weights import load_model, load_part
+
 # --- boxes are (x0, y0, x1, y1), in shares of the picture ---------------------------------------
 
 
@@ -129,10 +132,10 @@ class GDino:
         from transformers.models.grounding_dino import image_processing_pil_grounding_dino as pil
 
         folder, self.device = checkpoint or self.checkpoint, device
-        self.model = GroundingDinoForObjectDetection.from_pretrained(folder)
+        self.model = load_model(GroundingDinoForObjectDetection, folder)
         self.model.to(device).eval().requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.processor = pil.GroundingDinoImageProcessorPil.from_pretrained(folder)
+        self.tokenizer = load_part(AutoTokenizer, folder)
+        self.processor = load_part(pil.GroundingDinoImageProcessorPil, folder)
 
     @torch.inference_mode()
     def detect(self, phrases, images):
@@ -142,7 +145,7 @@ class GDino:
             captions, padding=True, return_offsets_mapping=True, return_tensors="pt"
         )
         offsets = words.pop("offset_mapping").tolist()
-        pixels = self.processor([image.convert("RGB") for image in images], return_tensors="pt")
+        pixels = self.processor([to_rgb(image) for image in images], return_tensors="pt")
         output = self.model(**words.to(self.device), **pixels.to(self.device))
         probabilities = output.logits.float().sigmoid().cpu()  # (B, queries, tokens)
         center, size = output.pred_boxes.float().cpu().split(2, -1)

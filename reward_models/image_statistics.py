@@ -10,6 +10,8 @@ import math
 import numpy as np
 import torch
 
+from training.decode import to_rgb
+
 
 class Jpeg:
     """Minus the kilobytes of the JPEG: DDPO's "compressibility" (arXiv:2305.13301).
@@ -29,7 +31,7 @@ class Jpeg:
 
     def kilobytes(self, image):
         buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "JPEG", quality=95)
+        to_rgb(image).save(buffer, "JPEG", quality=95)
         return len(buffer.getvalue()) / 1000
 
 
@@ -53,21 +55,23 @@ class Brightness(Statistic):
     """Mean of the value channel of HSV."""
 
     def measure(self, image):
-        return np.asarray(image.convert("HSV"), np.float32)[..., 2].mean() / 255
+        return np.asarray(to_rgb(image).convert("HSV"), np.float32)[..., 2].mean() / 255
 
 
 class Saturation(Statistic):
     """Mean of the saturation channel of HSV. Preference models often like strong colors."""
 
     def measure(self, image):
-        return np.asarray(image.convert("HSV"), np.float32)[..., 1].mean() / 255
+        return np.asarray(to_rgb(image).convert("HSV"), np.float32)[..., 1].mean() / 255
 
 
 class Edges(Statistic):
     """Mean difference of neighboring pixels in gray: texture, grain, grids."""
 
     def measure(self, image):
-        gray = np.asarray(image.convert("L"), np.float32) / 255
+        gray = np.asarray(to_rgb(image).convert("L"), np.float32) / 255
+        if min(gray.shape) < 2:  # a line has no neighbors on one axis
+            return math.nan
         return np.mean([np.abs(np.diff(gray, axis=axis)).mean() for axis in (0, 1)])
 
 
@@ -75,7 +79,7 @@ class Entropy(Statistic):
     """Entropy of the colors in 4 x 4 x 4 bins, divided by the largest possible one, log 64."""
 
     def measure(self, image):
-        bins = np.asarray(image.convert("RGB"), np.int64) // 64 @ (16, 4, 1)
+        bins = np.asarray(to_rgb(image), np.int64) // 64 @ (16, 4, 1)
         share = np.bincount(bins.ravel(), minlength=64) / bins.size
         return -(share[share > 0] * np.log(share[share > 0])).sum() / np.log(64)
 

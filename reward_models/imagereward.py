@@ -14,6 +14,7 @@ from torch import nn
 
 from reward_models import pixels
 from reward_models.hub import NAMES, count, download, rename, submodule
+from training.weights import fill, load_part, read_weights, readable
 
 
 def sizes(width):
@@ -66,18 +67,19 @@ class ImageReward:
 
     def __init__(self, device="cpu", checkpoint=None):
         folder, self.device = Path(checkpoint or self.checkpoint), device
-        state = torch.load(download(folder, "ImageReward.pt"), weights_only=True)
+        file = download(folder, "ImageReward.pt")
+        state = read_weights(file)
         vision = rename(submodule(state, "blip.visual_encoder."), NAMES["blip_vision"])
         text, mlp = submodule(state, "blip.text_encoder."), submodule(state, "mlp.layers.")
         text.pop("embeddings.position_ids", None)  # a constant, not a weight
-        self.vision = build_vision(vision)
-        self.text = build_text(text, self.vision.config.hidden_size)
-        self.mlp = build_mlp(mlp)
+        with readable(file):
+            self.vision = build_vision(vision)
+            self.text = build_text(text, self.vision.config.hidden_size)
+            self.mlp = build_mlp(mlp)
         for module, weights in ((self.vision, vision), (self.text, text), (self.mlp, mlp)):
-            module.load_state_dict(weights)
-            module.eval().requires_grad_(False).to(device)
+            fill(module, weights, file).eval().requires_grad_(False).to(device)
         base = folder if (folder / "vocab.txt").is_file() else "bert-base-uncased"
-        self.tokenizer = transformers.BertTokenizer.from_pretrained(base)
+        self.tokenizer = load_part(transformers.BertTokenizer, base)
 
     def preprocess(self, image):
         square = pixels.crop_to_square(image, self.vision.config.image_size)

@@ -13,7 +13,9 @@ import openai
 import torch
 
 from reward_models.pixels import data_url
+from training.decode import BadPicture, to_rgb
 from training.files import usage_error
+from training.weights import load_model, load_part
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"  # where `vllm serve MODEL --port 8000` listens
 TOP = 20  # how many first tokens; servers give at most 20
@@ -29,11 +31,11 @@ class LocalJudge:
         from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as pil
 
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)
+        self.model = load_model(Qwen2_5_VLForConditionalGeneration, checkpoint, dtype=dtype)
         self.model.to(device).eval().requires_grad_(False)
         # The tokenizer and image processor alone: transformers' joint processor needs torchvision.
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self.processor = pil.Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
+        self.tokenizer = load_part(AutoTokenizer, checkpoint)
+        self.processor = load_part(pil.Qwen2VLImageProcessorPil, checkpoint)
         self.failures = collections.Counter()
 
     def chat_prompt(self, question, patches):
@@ -62,14 +64,28 @@ class LocalJudge:
 
     @torch.inference_mode()
     def answers(self, question, images):
-        """For each picture the TOP likeliest first tokens, [(token, log-probability)]."""
-        found = []
-        for i in range(0, len(images), 64):
-            batch = [image.convert("RGB") for image in images[i : i + 64]]
-            logprobs, ids = self.logits([question] * len(batch), batch).log_softmax(-1).topk(TOP)
-            for row, values in zip(ids, logprobs.tolist()):
-                found.append(list(zip(self.tokenizer.batch_decode(row[:, None]), values)))
+        """For each picture the TOP likeliest first tokens, [(token, log-probability)]; none, and
+        counted as a failure, for one that cannot be judged."""
+        found = [[] for _ in images]
+        for start in range(0, len(images), 64):
+            batch = self.readable(images[start : start + 64], start)
+            if not batch:
+                continue
+            logits = self.logits([question] * len(batch), list(batch.values()))
+            logprobs, ids = logits.log_softmax(-1).topk(TOP)
+            for i, row, values in zip(batch, ids, logprobs.tolist()):
+                found[i] = list(zip(self.tokenizer.batch_decode(row[:, None]), values))
         return found
+
+    def readable(self, images, start):
+        """Index -> picture in RGB; those that cannot be judged are counted in `failures`."""
+        batch = {}
+        for i, image in enumerate(images, start):
+            try:
+                batch[i] = to_rgb(image)
+            except BadPicture as problem:
+                self.failures[f"no picture to judge: {problem}"] += 1
+        return batch
 
 
 class ServedJudge:
@@ -102,11 +118,11 @@ class ServedJudge:
         """The choices in the server's reply; None if the request failed."""
         # The text comes first: then all pictures share it as a prefix, and the server caches it.
         content = [{"type": "text", "text": text}]
-        content += [{"type": "image_url", "image_url": {"url": data_url(i)}} for i in images]
-        options |= dict(model=self.model, messages=[{"role": "user", "content": content}])
         try:
+            content += [{"type": "image_url", "image_url": {"url": data_url(i)}} for i in images]
+            options |= dict(model=self.model, messages=[{"role": "user", "content": content}])
             return client.chat.completions.create(**options).choices
-        except (openai.OpenAIError, ValueError) as problem:  # ValueError: the body is not JSON
+        except (openai.OpenAIError, ValueError) as problem:  # ValueError: no JSON, or no picture
             self.failures[f"{type(problem).__name__}: {str(problem)[:200]}"] += 1
 
     def first_tokens(self, client, question, image):

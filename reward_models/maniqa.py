@@ -19,7 +19,9 @@ import torch
 from torch import nn
 
 from reward_models.pixels import normalize, to_tensor
+from training.decode import to_rgb
 from training.files import usage_error
+from training.weights import fill, read_weights
 
 # Shapes:  B crops   N places (side x side)   C channels   W windows of w x w places
 
@@ -216,13 +218,12 @@ class MANIQAReward:
         path, self.device = Path(checkpoint or ".") / self.file, device
         if not path.is_file():
             usage_error(f"maniqa: {path} is missing; it is 543 MB: {self.how}")
-        self.model = MANIQA(**sizes)
-        self.model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        self.model = fill(MANIQA(**sizes), read_weights(path), path)
         self.model.float().eval().requires_grad_(False).to(device)
 
     def crops(self, image):
         """(9, 3, S, S) in [-1, 1]. A picture smaller than a crop is enlarged first."""
-        image, size, shorter = image.convert("RGB"), self.model.size, min(image.size)
+        image, size, shorter = to_rgb(image), self.model.size, min(image.size)
         if shorter < size:
             image = image.resize([max(size, round(side * size / shorter)) for side in image.size])
         pixels = normalize(to_tensor(image), (0.5,) * 3, (0.5,) * 3)

@@ -13,6 +13,8 @@ import io
 import torch
 from PIL import Image
 
+from training.decode import BadPicture, decode, to_rgb
+
 # Mean and standard deviation per channel: of CLIP and the models built on it, and of DINOv2.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -22,23 +24,25 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def crop_to_square(image, size):
     """CLIP's way: scale the shorter side to `size` and keep the middle. The rest is cut off."""
+    image = to_rgb(image)
     scale = size / min(image.size)
     shape = [max(size, int(side * scale)) for side in image.size]
     left, top = (int((side - size) / 2) for side in shape)
-    scaled = image.convert("RGB").resize(shape, Image.BICUBIC)
+    scaled = image.resize(shape, Image.BICUBIC)
     return scaled.crop((left, top, left + size, top + size))
 
 
 def fit_in_square(image, size):
     """HPS's way: scale the longer side to `size` and add black borders."""
+    image = to_rgb(image)
     scale = size / max(image.size)
     shape = [max(1, round(side * scale)) for side in image.size]
-    return add_borders(image.convert("RGB").resize(shape, Image.BICUBIC), size, "black")
+    return add_borders(image.resize(shape, Image.BICUBIC), size, "black")
 
 
 def pad_to_square(image, size, color):
     """LLaVA's way: add borders of one color, then scale to `size`."""
-    square = add_borders(image.convert("RGB"), max(image.size), color)
+    square = add_borders(to_rgb(image), max(image.size), color)
     return square.resize((size, size), Image.BICUBIC)
 
 
@@ -71,10 +75,14 @@ def in_batches(score, size, prompts, images):
 def data_url(image):
     """A picture as text. PNG, not JPEG: a judge would see JPEG's own artifacts."""
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
+    to_rgb(image).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def from_data_url(url):
-    """The picture in RGB. Raises ValueError or OSError if the text is not a picture."""
-    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
+    """The picture in RGB. Raises BadPicture if the text is not a picture."""
+    try:
+        data = base64.b64decode(url.partition(",")[2])
+    except (AttributeError, ValueError) as problem:
+        raise BadPicture(f"not a data URL ({problem})") from problem
+    return decode(data)

@@ -12,6 +12,7 @@ Imports only what an environment of 2023 has.   Read next: deqa_server.py
 
 import json
 import math
+import sys
 import threading
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ import requests
 import torch
 
 from reward_models.pixels import data_url, from_data_url, in_batches
+from training.decode import BadPicture
 from training.files import usage_error
 
 PROBLEMS = (requests.RequestException, ValueError, KeyError, TypeError)  # of a request or its reply
@@ -93,6 +95,14 @@ class DeQA:
         return in_batches(lambda _, batch: self.scorer(batch).float(), 8, prompts, images)
 
 
+def open_url(url):
+    """The picture in a data URL; None and a line on stderr if there is none: it gets no score."""
+    try:
+        return from_data_url(url)
+    except BadPicture as problem:
+        print(f"error: a picture that was sent is not readable ({problem})", file=sys.stderr)
+
+
 class ServedReward(BaseHTTPRequestHandler):
     """Answers the requests of RemoteReward. `serve` sets `reward` and `name`."""
 
@@ -118,15 +128,19 @@ class ServedReward(BaseHTTPRequestHandler):
             return self.reply(413, {"error": f"over {self.max_bytes} bytes; send fewer pictures"})
         try:
             request = json.loads(self.rfile.read(length))
-            images = [from_data_url(url) for url in request["images"]]
+            images = [open_url(url) for url in request["images"]]
             prompts, metadata = request["prompts"], request["metadata"]
             if not len(prompts) == len(images) == len(metadata):
                 raise ValueError("prompts, images and metadata differ in number")
         except (ValueError, KeyError, TypeError, OSError) as problem:
             return self.reply(400, {"error": f"{type(problem).__name__}: {problem}"})
+        good, scores = [i for i, image in enumerate(images) if image], [None] * len(images)
+        batch = [[values[i] for i in good] for values in (prompts, images, metadata)]
         with self.lock:  # one model, one batch at a time
-            scores = torch.as_tensor(self.reward(prompts, images, metadata)).tolist()
-        self.reply(200, {"scores": [value if math.isfinite(value) else None for value in scores]})
+            values = torch.as_tensor(self.reward(*batch)).tolist() if good else []
+        for i, value in zip(good, values):
+            scores[i] = value if math.isfinite(value) else None
+        self.reply(200, {"scores": scores})
 
 
 def serve(name, reward, port, host="127.0.0.1"):

@@ -21,11 +21,12 @@ from reward_models import pixels
 from reward_models.hub import count, snapshot, submodule
 from reward_models.llava import pad_rows
 from reward_models.pixels import CLIP_MEAN, CLIP_STD
+from training.weights import fill, load_part, read_weights, readable
 
 # Shapes:  B pictures   S tokens   D numbers a token
 
 
-def build_t5(config, state):
+def build_t5(config, state, folder):
     # "tie_word_embeddings": false must be kept. If true, T5 would scale its output by 1/sqrt(D).
     others = ("mm_", "image_", "torch_", "model_", "archit", "transf")
     config = {name: value for name, value in config.items() if not name.startswith(others)}
@@ -34,12 +35,12 @@ def build_t5(config, state):
     # with copying, the one that is loaded last would replace the other.
     parts = ("shared", "encoder", "decoder", "lm_head")
     weights = {name: value for name, value in state.items() if name.split(".")[0] in parts}
-    model.load_state_dict(weights, assign=True)
+    fill(model, weights, folder, assign=True)
     model.set_input_embeddings(model.shared)
     return model
 
 
-def build_vision(state, heads):
+def build_vision(state, heads, folder):
     """CLIP's vision tower. All sizes but the number of heads are read off the weights."""
     state.pop("embeddings.position_ids", None)  # a constant, not a weight
     width, _, _, patch = state["embeddings.patch_embedding.weight"].shape
@@ -53,9 +54,7 @@ def build_vision(state, heads):
         num_hidden_layers=count(state, r"encoder\.layers\.(\d+)"),
         num_attention_heads=heads,
     )
-    model = transformers.CLIPVisionModel(config)
-    model.load_state_dict(state)
-    return model
+    return fill(transformers.CLIPVisionModel(config), state, folder)
 
 
 class VQAScore:
@@ -76,21 +75,21 @@ class VQAScore:
     def __init__(self, device="cpu", checkpoint=None, vision_heads=16):
         folder, state = snapshot(checkpoint or self.checkpoint), {}
         for file in sorted(folder.glob("pytorch_model*.bin")):  # -xl is one file, -xxl several
-            state |= torch.load(file, weights_only=True, map_location="cpu", mmap=True)
-        config = json.loads((folder / "config.json").read_text())
-        self.t5 = build_t5(config, state)
+            state |= read_weights(file, mmap=True)
         tower = submodule(state, "vision_tower.vision_tower.vision_model.")
-        self.vision = build_vision(tower, vision_heads)
-        width = config["d_model"]
-        layers = nn.Linear(config["mm_hidden_size"], width), nn.GELU(), nn.Linear(width, width)
-        self.projector = nn.Sequential(*layers)
-        self.projector.load_state_dict(submodule(state, "mm_projector."))
+        with readable(folder):
+            config = json.loads((folder / "config.json").read_text())
+            self.t5 = build_t5(config, state, folder)
+            self.vision = build_vision(tower, vision_heads, folder)
+            width = config["d_model"]
+            layers = nn.Linear(config["mm_hidden_size"], width), nn.GELU(), nn.Linear(width, width)
+        self.projector = fill(nn.Sequential(*layers), submodule(state, "mm_projector."), folder)
         self.device, on_gpu = device, torch.device(device).type == "cuda"
         # bfloat16 and not float16: T5's activations are too large for float16.
         self.dtype = torch.bfloat16 if on_gpu else torch.float32
         for module in (self.t5, self.vision, self.projector):
             module.to(device, self.dtype).eval().requires_grad_(False)
-        self.tokenizer = transformers.T5Tokenizer.from_pretrained(folder)
+        self.tokenizer = load_part(transformers.T5Tokenizer, folder)
 
     def encode_pictures(self, images):
         """(B, patches, D): the output of CLIP's next to last layer, projected."""

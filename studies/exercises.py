@@ -38,7 +38,8 @@ def kl_k3(logprobs, reference_logprobs):
 
 def prob_no(top_logprobs):
     """artifact_reward.py. [(token, log-probability)] of an answer's first token -> P(no) / (P(yes)
-    + P(no)), summed over all spellings ("No", " no", "NO", ...). NaN if neither word occurs."""
+    + P(no)), summed over all spellings ("No", " no", "NO", ...). NaN if yes and no together have
+    less than 1 %: their ratio is noise then."""
     raise NotImplementedError
 
 
@@ -87,8 +88,9 @@ def grade_prob_no(f):
     words = {"No": 0.6, " no": 0.2, "Yes": 0.2, "Maybe": 0.0001}
     close(f([(word, math.log(p)) for word, p in words.items()]), 0.8)
     close(f([("yes", -0.1)]), 0.0)
-    close(f([("NO", -200.0), ("no", -200.0), ("yes", -200.0)]), 2 / 3)
+    close(f([("NO", -4.0), ("no", -4.0), ("yes", -4.0)]), 2 / 3)
     assert math.isnan(f([("The", -0.1)])), "neither yes nor no is no score, and not 0 or 1"
+    assert math.isnan(f([("So", -0.6), ("Yes", -13.0)])), "a millionth of an answer is none"
 
 
 def grade_dominated(f):

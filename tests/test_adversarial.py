@@ -407,6 +407,46 @@ def test_references_are_a_folder_of_generate_or_a_file_of_the_released_code(tmp_
         assert picked.tobytes() == world.reference_picture(PROMPTS[1], 1).tobytes()
 
 
+def damaged_references(folder, damaged):
+    """Two references for each of two prompts; those named in `damaged` are cut in half."""
+    listed = {prompt: [f"{i}a.png", f"{i}b.png"] for i, prompt in enumerate(PROMPTS[:2])}
+    for prompt, names in listed.items():
+        for name in names:
+            world.reference_picture(prompt, name).save(folder / name)
+            if name in damaged:
+                data = (folder / name).read_bytes()
+                (folder / name).write_bytes(data[: len(data) // 2])
+    (folder / "references.json").write_text(json.dumps(listed))
+    return folder / "references.json"
+
+
+def test_a_damaged_reference_is_named_once_and_another_takes_its_place(tmp_path, capsys):
+    references = adversarial_reward.References(damaged_references(tmp_path, {"0a.png"}))
+    whole = world.reference_picture(PROMPTS[0], "0b.png").tobytes()
+    for seed in range(8):
+        assert references.choose(PROMPTS[0], random.Random(seed)).tobytes() == whole
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "0a.png" in line and "not a readable picture" in line
+    again, rng = adversarial_reward.References(references.source), random.Random(0)
+    warned = random.Random(0)
+    assert again.choose(PROMPTS[0], rng).tobytes() == whole
+    assert references.choose(PROMPTS[0], warned).tobytes() == whole
+    assert rng.random() == warned.random()  # a resumed run draws the same numbers
+
+
+@pytest.mark.parametrize("name", ["adversarial", "adversarial-pickscore"])
+def test_training_goes_on_without_the_prompts_whose_references_are_damaged(name, tmp_path):
+    adversary = rewards.load(name, checkpoint="tiny", steps=8)
+    source = damaged_references(tmp_path, {"0a.png", "0b.png"})
+    adversary.references = adversarial_reward.References(source)
+    metrics = adversary.learn(PROMPTS[:2] * 2, BROKEN[:2] * 2)
+    assert metrics["updates"] == 8 and math.isfinite(metrics["accuracy"])
+    assert {prompt for prompt, _ in adversary.past} == {PROMPTS[1]}
+    metrics = adversary.learn(PROMPTS[:1], BROKEN[:1])
+    assert metrics["updates"] == 0 and math.isnan(metrics["accuracy"])
+    assert adversary.calls == 2 and adversary(PROMPTS[:2], BROKEN[:2]).isfinite().all()
+
+
 def test_wrong_references_are_refused_before_the_first_step(tmp_path, capsys):
     write_references(tmp_path, PROMPTS[:1])
     (tmp_path / "manifest.jsonl").write_text(json.dumps({"prompt": PROMPTS[0], "path": "0.png"}))

@@ -55,6 +55,18 @@ def examples(n, folder):
     return rows
 
 
+def test_a_damaged_picture_costs_its_own_answer_and_is_named_once(tmp_path, capsys):
+    rows = examples(3, tmp_path)
+    rows[0]["path"].write_bytes(rows[0]["path"].read_bytes()[:40])
+    rows[1]["path"].unlink()
+    judge = apo.CachedJudge(tmp_path / "answers.sqlite", Judge(), "judge")
+    for question in ("Any noise?", "Is there noise?"):
+        scores = judge(question, rows)
+        assert np.isnan(scores[:2]).all() and np.isfinite(scores[2:]).all()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all("not a readable picture" in line for line in lines)
+
+
 # --- data and measures --------------------------------------------------------------------------
 
 

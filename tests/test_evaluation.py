@@ -1,10 +1,9 @@
-"""Evaluation: layouts, official scores, WISE, intervals, hacking, figures, pages."""
+"""Evaluation: official scores, WISE, intervals, hacking, figures, pages."""
 
 import base64
 import hashlib
 import json
 import math
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,138 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation import figures, hacking, layouts, official_scores, pages, wise
+from evaluation import figures, hacking, official_scores, pages, wise
 from evaluation.tables import bootstrap, markdown
 from training import pictures
 from training.records import json_line, write_jsonl
 
-TEXTS = ["a red circle", "two blue stars", "a cross above a square"]
-
 
 def picture(color=(200, 10, 10), side=8):
     return Image.new("RGB", (side, side), color)
-
-
-@pytest.fixture
-def rows():
-    return [{"id": str(i), "prompt": text, "tag": ""} for i, text in enumerate(TEXTS)]
-
-
-@pytest.fixture
-def generated(tmp_path):
-    """Four pictures for each of three prompts, as generate.py writes them."""
-    out, entries = tmp_path / "out", []
-    for i, text in enumerate(TEXTS):
-        (out / f"{i:05d}/samples").mkdir(parents=True)
-        (out / f"{i:05d}/metadata.jsonl").write_text(json.dumps({"prompt": text}))
-        for k in range(4):
-            path = f"{i:05d}/samples/{k:04d}.png"
-            picture((60 * i, 60 * k, 0)).save(out / path)
-            entries.append({"path": path, "id": str(i), "prompt": text, "sample": k})
-    write_jsonl(out / "manifest.jsonl", entries)
-    return out
-
-
-# --- layouts. What the official scorers match, restated -------------------------------------------
-
-
-def official(layout, root):
-    """What the official scorer of this layout would read: {file: prompt number}."""
-    if layout == "t2i-compbench":  # BLIP_vqa.py: every file of samples/, in the order of its number
-        number = lambda name: int(name.split("_")[-1].split(".")[0])
-        names = sorted(os.listdir(root / "samples"), key=number)
-        assert list(map(number, names)) == list(range(len(names)))  # 3_in_1.py slices by number
-        return {f"samples/{name}": TEXTS.index(name.split("_")[0]) for name in names}
-    if layout == "wise":  # gpt_eval.py: {image_dir}/{prompt_id}.png
-        return {f"{i}.png": i for i in range(3) if (root / f"{i}.png").exists()}
-    if layout == "dpg":  # compute_dpg_bench.py: every file, its name up to the first dot
-        return {name: int(name.split(".")[0]) for name in os.listdir(root)}
-    assert os.listdir(root) == ["photo"]  # hpsv2.evaluate: only styles, in each {index:05d}.jpg
-    names = [f"photo/{i:05d}.jpg" for i in range(3)]
-    return {name: i for i, name in enumerate(names) if (root / name).exists()}
-
-
-@pytest.mark.parametrize(
-    "layout, n", [("t2i-compbench", 12), ("wise", 3), ("dpg", 3), ("hpdv2", 3)]
-)
-def test_the_official_scorer_finds_every_exported_picture(layout, n, generated, tmp_path):
-    assert layouts.export(generated, layout, tmp_path / layout) == n
-    read = official(layout, tmp_path / layout)
-    assert len(read) == n and set(read.values()) == {0, 1, 2}
-    for name in read:
-        Image.open(tmp_path / layout / name).verify()
-
-
-def test_dpg_tiles_are_cut_where_the_scorer_cuts(generated, tmp_path):
-    layouts.export(generated, "dpg", tmp_path / "dpg")
-    tile = Image.open(tmp_path / "dpg/1.png")
-    boxes = [(0, 0, 8, 8), (8, 0, 16, 8), (0, 8, 8, 16), (8, 8, 16, 16)]
-    assert [tile.crop(box).getpixel((3, 3)) for box in boxes] == [(60, 60 * k, 0) for k in range(4)]
-
-
-def test_dpg_needs_four_pictures_of_a_prompt(generated, tmp_path, capsys):
-    lines = (generated / "manifest.jsonl").read_text().splitlines(keepends=True)
-    (generated / "manifest.jsonl").write_text("".join(lines[:3]))
-    with pytest.raises(SystemExit):
-        layouts.export(generated, "dpg", tmp_path / "dpg")
-    assert "0 has 3, use --num-images 4" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("layout", ["geneval", "t2i-compbench", "wise", "dpg", "hpdv2", "released"])
-def test_pictures_are_found_in_every_layout(layout, generated, tmp_path, rows):
-    root = tmp_path / layout
-    if layout == "geneval":
-        root = generated
-    elif layout == "released":
-        root.mkdir()
-        for i, text in enumerate(TEXTS):
-            picture().save(root / f"ID{i}_{text}_0.jpg")
-    else:
-        layouts.export(generated, layout, root)
-    _, matched, missing, extra = layouts.find_images(root, rows)
-    assert {row["prompt"] for row, _, _ in matched} == set(TEXTS) and not missing and not extra
-    assert len(matched) == (12 if layout in ("geneval", "t2i-compbench") else 3)
-    assert {k for _, k, _ in matched} == set(range(len(matched) // 3))
-
-
-def test_pictures_of_other_prompts_are_extra_and_never_matched(generated, rows):
-    rows[1]["prompt"] = "something else"
-    _, matched, missing, extra = layouts.find_images(generated, rows)
-    assert len(matched) == 8 and [r["id"] for r in missing] == ["1"] and len(extra) == 4
-
-
-@pytest.mark.parametrize(
-    "good, bad",
-    [
-        ("0.png", "old/0.png"),  # an id, in the wrong folder
-        ("ID0_a red circle_0.jpg", "ID1_a red circle_0.jpg"),  # another prompt's number
-        ("samples/a red circle_000000.png", "samples/a red circle_1.png"),  # too few digits
-        ("photo/00000.jpg", "photo/00003.jpg"),  # there are three prompts, 0 to 2
-    ],
-)
-def test_a_file_that_only_resembles_the_layout_is_extra(good, bad, tmp_path, rows):
-    for name in (good, bad):
-        (tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
-        picture().save(tmp_path / "all" / name)
-    _, matched, _, extra = layouts.find_images(tmp_path / "all", rows)
-    assert matched == [(rows[0], 0, tmp_path / "all" / good)]
-    assert extra == [tmp_path / "all" / bad]
-
-
-def test_no_match_at_all_is_an_error(generated, capsys):
-    with pytest.raises(SystemExit) as stop:
-        layouts.find_images(generated, [{"id": "0", "prompt": "a house"}])
-    assert stop.value.code == 2 and "none of its 12 pictures" in capsys.readouterr().err
-
-
-def test_a_prompt_that_cannot_be_a_file_name_is_refused_before_anything_is_written(
-    generated, tmp_path, capsys
-):
-    manifest = generated / "manifest.jsonl"
-    manifest.write_text(manifest.read_text().replace(TEXTS[2], "a red/circle"))
-    with pytest.raises(SystemExit):
-        layouts.export(generated, "t2i-compbench", tmp_path / "no")
-    assert "no file name" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 # --- official scores ------------------------------------------------------------------------------

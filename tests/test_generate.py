@@ -12,7 +12,6 @@ import generate
 from training.files import ROOT
 from training.pictures import write_pictures
 from training.policy import trainable
-from training.prompts import load_prompts
 
 PROMPTS = [
     "a red circle",
@@ -240,6 +239,20 @@ def test_pixels_are_rounded_clipped_and_decoded_sixteen_at_a_time():
     assert images[16].getpixel((0, 1)) == (0, 64, 255)  # 0, 63.75, 382.5
 
 
+@pytest.mark.parametrize("context", [generate.thought_context, generate.image_context])
+def test_a_prompt_holds_no_control_tokens(policy, context):
+    """Else "<begin_of_image>" in a prompt would begin the picture."""
+
+    def control_tokens(prompt):
+        arguments = [[""]] if context is generate.image_context else []
+        ids, _ = context(policy, [prompt], *arguments)
+        return [token for token in ids[0].tolist() if token in policy.tokenizer.all_special_ids]
+
+    for token in policy.tokenizer.all_special_tokens:
+        assert control_tokens(f"a {token} cat") == control_tokens("a cat")
+    assert "a < 3" in generate.chat(policy, "a < 3")
+
+
 def test_we_draw_what_transformers_draws(policy, monkeypatch):
     """Greedily, with guidance 3: our loop against JanusForConditionalGeneration.generate."""
     monkeypatch.setattr(generate, "sample_inverse_cdf", lambda logits, uniform: logits.argmax(-1))
@@ -301,72 +314,6 @@ def test_a_folder_without_a_checkpoint_is_refused(where, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         generate.load_policy(where)
     assert stop.value.code == 2 and "no config.json" in capsys.readouterr().err
-
-
-FILES = {
-    "T2I-R1: JSONL called .json": (
-        '{"prompt": "a car", "nouns": ["car"], "task_type": "object"}\n'
-        '{"prompt": "b", "task_type": "color"}',
-        [("0", "a car", "object"), ("1", "b", "color")],
-    ),
-    "GenEval: JSONL": (
-        '{"tag": "counting", "include": [], "prompt": "two cats"}\n',
-        [("0", "two cats", "counting")],
-    ),
-    "WISE: a JSON list of objects": (
-        '[{"Prompt": "p", "Subcategory": "time", "prompt_id": 831}]',
-        [("831", "p", "time")],
-    ),
-    "HPDv2: a JSON list of texts": ('["x", "y"]', [("0", "x", ""), ("1", "y", "")]),
-    "T2I-CompBench: lines, CRLF": (
-        "a red bag\r\na dog, a cat\r\n",
-        [("0", "a red bag", ""), ("1", "a dog, a cat", "")],
-    ),
-    "Parti: TSV": (
-        "Prompt\tCategory\tChallenge\tNote\na cube\tShapes\tBasic\t\n",
-        [("0", "a cube", "Shapes")],
-    ),
-    "DrawBench: CSV": (
-        'Prompts,Category\n"a dog, sitting",Colors\n',
-        [("0", "a dog, sitting", "Colors")],
-    ),
-}
-
-
-@pytest.mark.parametrize("layout", FILES)
-def test_prompt_files_are_recognised_by_their_content(layout, tmp_path):
-    text, expected = FILES[layout]
-    (tmp_path / "file.xyz").write_text(text, newline="")
-    rows = load_prompts(tmp_path / "file.xyz")
-    assert [(row["id"], row["prompt"], row["tag"]) for row in rows] == expected
-
-
-def test_other_columns_of_a_prompt_file_are_kept(tmp_path):
-    (tmp_path / "f").write_text('{"prompt": "a", "nouns": ["a"], "spatial_info": {"obj1": 1}}')
-    assert load_prompts(tmp_path / "f")[0]["spatial_info"] == {"obj1": 1}
-
-
-def test_a_folder_of_texts_is_a_prompt_file(tmp_path):
-    (tmp_path / "whoops1.txt").write_text("a long prompt\n")
-    assert load_prompts(tmp_path)[0]["id"] == "whoops1"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        '{"caption": null}',
-        '{"prompt": 3}',
-        '{"prompt": "a"}\n{"prompt": ',
-        '[{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}]',
-    ],
-)
-def test_a_bad_prompt_file_is_one_clear_error(text, tmp_path, capsys):
-    (tmp_path / "bad").write_text(text)
-    with pytest.raises(SystemExit) as stop:
-        load_prompts(tmp_path / "bad")
-    assert stop.value.code == 2 and str(tmp_path / "bad") in capsys.readouterr().err
 
 
 def test_pictures_are_laid_out_as_geneval_reads_them_and_made_once(tmp_path, capsys):

@@ -38,8 +38,32 @@ def test_neither_yes_nor_no_is_no_score():
     assert math.isnan(artifact_reward.prob_no([]))
 
 
-def test_tiny_probabilities_do_not_vanish():
-    assert artifact_reward.prob_no([("no", -1000.0), ("yes", -1000.0)]) == 0.5
+def test_an_answer_in_the_noise_is_no_score():
+    """A model that thinks aloud: yes and no are a millionth of the first token."""
+    thinking = [("So", math.log(0.56)), ("Got", math.log(0.44)), ("Yes", math.log(2e-6))]
+    assert math.isnan(artifact_reward.prob_no([*thinking, ("No", math.log(1e-6))]))
+    assert math.isnan(artifact_reward.prob_no([("no", -1000.0), ("yes", -1000.0)]))
+    half = math.log(artifact_reward.MIN_SHARE / 2)
+    assert artifact_reward.prob_no([("no", half + 1e-6), ("yes", half + 1e-6)]) == 0.5
+    assert math.isnan(artifact_reward.prob_no([("no", half - 1e-6), ("yes", half - 1e-6)]))
+
+
+@pytest.mark.parametrize(
+    "token", ["No,", "**No", "\nNo", "\u2581No", "\u0120No", "\u010aNO", "no.", '"No"', " **No**"]
+)
+def test_signs_and_blanks_around_a_word_do_not_hide_it(token):
+    top = [(token, math.log(0.6)), ("Yes", math.log(0.2))]
+    assert artifact_reward.prob_no(top) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("token", ["Yes/No", "not", "none", "nobody", "No1", "", "**"])
+def test_other_words_are_neither_yes_nor_no(token):
+    assert math.isnan(artifact_reward.prob_no([(token, -0.01)]))
+
+
+def test_log_probabilities_that_are_no_numbers_are_left_out():
+    top = [("No", NAN), ("no", -math.inf), ("No", -1.0), ("yes", -1.0)]
+    assert artifact_reward.prob_no(top) == 0.5
 
 
 def test_a_word_without_probability_is_no_answer():
@@ -61,7 +85,7 @@ def test_each_picture_has_its_own_score_and_what_is_neither_yes_nor_no_is_counte
     assert scores == pytest.approx([0.5, NAN, NAN, NAN], nan_ok=True)
     assert asked == [("Broken?", ["a", "b", "c", "d"])]
     # No answer at all is counted where the request failed, with the reason.
-    assert judge.failures == {"neither yes nor no, but 'The'": 2}
+    assert judge.failures == {"neither yes nor no, but 'The' (yes and no have less than 1%)": 2}
 
 
 def test_a_judge_in_this_process_gives_its_twenty_likeliest_first_tokens(artifact):
@@ -100,11 +124,12 @@ def test_the_sanity_check_asks_about_a_clean_and_a_broken_picture(artifact, monk
     clean_and_broken = [image.tobytes() for image in artifact_reward.sanity_images()]
 
     def scores(first, second):
-        def call(self, prompts, images):
-            assert prompts == ["", ""] and [i.tobytes() for i in images] == clean_and_broken
-            return torch.tensor([first, second])
+        def answers(judge, question, images):
+            assert (judge, question) == (artifact.judge, artifact.question)
+            assert [image.tobytes() for image in images] == clean_and_broken
+            return [(score, [("No", math.log(0.9))]) for score in (first, second)]
 
-        monkeypatch.setattr(artifact_reward.ArtifactReward, "__call__", call)
+        monkeypatch.setattr(artifact_reward, "judge_answers", answers)
 
     scores(0.6, 0.5)
     artifact.check()
@@ -172,6 +197,7 @@ class Judge(http.server.BaseHTTPRequestHandler):
         top = {
             "garbage": [("The", -0.1)],
             "spellings": [(" no", -1.2), ("NO", -1.0), (" YES", -1.8)],
+            "thinking": [("So", -0.58), ("Got", -0.82), ("Yes", -13.0), ("No", -13.7)],
             "none": [],
         }.get(what, GOOD)
         content = (
@@ -234,6 +260,7 @@ def judged(url, n=1, timeout=0.5, **options):
     [
         ("400", 1, "picture too large"),  # the request is at fault: asking again would not help
         ("garbage", 1, "neither yes nor no, but 'The'"),
+        ("thinking", 1, "neither yes nor no, but 'So'"),
         ("empty", 1, "without logprobs"),
         ("none", 1, "without logprobs"),
         ("500", 2, "oops"),
@@ -324,6 +351,55 @@ def test_a_model_that_is_not_served_is_refused(server, capsys):
 
 
 # --- a judge that is there, and wrong
+
+
+class Answers:
+    """A judge that gives these answers, one for each picture, and again for the next ones."""
+
+    def __init__(self, *tops):
+        self.tops, self.failures = tops, collections.Counter()
+
+    def answers(self, question, images):
+        return [self.tops[i % len(self.tops)] for i in range(len(images))]
+
+
+def words(no, yes):
+    return [("no", math.log(no)), ("yes", math.log(yes))]
+
+
+@pytest.mark.parametrize(
+    "clean, broken, passes",
+    [
+        (words(0.8, 0.2), words(0.2, 0.8), True),
+        (words(0.50, 0.50), words(0.49, 0.51), False),  # a hair's breadth is no difference
+        (words(0.04, 0.01), words(0.01, 0.04), False),  # 5 % of the first word, 95 % something else
+        (words(0.8, 0.2), words(0.004, 0.005), False),  # the broken picture gets no score
+    ],
+)
+def test_the_sanity_check_demands_an_answer_and_a_margin(clean, broken, passes, capsys):
+    reward = artifact_reward.ArtifactReward.__new__(artifact_reward.ArtifactReward)
+    reward.judge, reward.question = Answers(clean, broken), "Broken?"
+    if passes:
+        return reward.check()
+    with pytest.raises(SystemExit) as stop:
+        reward.check()
+    assert stop.value.code == 2 and "apart" in capsys.readouterr().err
+
+
+def test_a_picture_that_was_not_opened_gets_no_score_and_the_judge_is_not_asked():
+    judge = Answers(words(0.6, 0.3), words(0.3, 0.6))
+    picture = Image.new("RGB", (8, 8))
+    scores = artifact_reward.judge_images(judge, "Broken?", [picture, None, picture])
+    assert scores[::2] == pytest.approx([2 / 3, 1 / 3]) and math.isnan(scores[1])
+    assert not judge.failures
+
+
+def test_a_picture_too_narrow_for_the_judge_costs_one_score(artifact):
+    picture, narrow = artifact_reward.sanity_images()[0], Image.new("RGB", (1093, 5))
+    before = artifact.failures.total()
+    scores = artifact([""] * 3, [picture, narrow, picture]).tolist()
+    assert math.isnan(scores[1]) and scores[0] == scores[2] == artifact([""], [picture]).item()
+    assert artifact.failures.total() == before + 1
 
 
 def test_the_tiny_judge_passes_the_sanity_check(artifact):

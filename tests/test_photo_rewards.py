@@ -1,6 +1,7 @@
 """MANIQA, ORM, UnifiedReward and VQAScore, compared with what their originals computed."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -75,6 +76,16 @@ def test_questions_of_different_lengths_do_not_change_each_other(orm):
     prompts, images = [*known["scores"]] * 2, images[:6]
     alone = torch.cat([orm([prompt], [image]) for prompt, image in zip(prompts, images)])
     assert torch.allclose(orm(prompts, images), alone, atol=1e-5)
+
+
+def test_an_answer_in_the_noise_is_no_score(orm, monkeypatch):
+    _, images = recorded("orm")
+    logits = torch.zeros(2, 384)
+    logits[1, 7] = 30.0  # another word, with a probability of almost 1
+    monkeypatch.setattr(orm.judge, "logits", lambda *_: logits)
+    before = orm.failures.total()
+    known, noise = orm(["a star"] * 2, images[:2]).tolist()
+    assert known == 0.5 and math.isnan(noise) and orm.failures.total() == before + 1
 
 
 def test_image_in_a_prompt_is_not_a_second_picture(orm):

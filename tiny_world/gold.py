@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from tiny_world.world import COLORS, GROUND, SHAPES, SIZE, Thing, coverage, holds, parse_prompt
+from training.decode import to_rgb
 
 RADII = np.arange(2.5, 14.01, 0.5)
 OFFSETS = (-0.5, -0.25, 0, 0.25)
@@ -98,7 +99,7 @@ def fit_things(crops):
 def fit_scene(images):
     """Find the objects of each picture, analysis by synthesis: (found, clean). found[i] is a list
     of Things; clean is (N,) in [0, 1]."""
-    small = [image.convert("RGB").resize((SIZE, SIZE)) for image in images]
+    small = [to_rgb(image).resize((SIZE, SIZE)) for image in images]
     return fit_bytes(b"".join(image.tobytes() for image in small))
 
 

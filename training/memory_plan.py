@@ -13,6 +13,7 @@ import torch
 from transformers import JanusConfig, JanusForConditionalGeneration
 
 from training.files import ROOT, usage_error
+from training.weights import load_part
 
 NODE = 8  # GPUs of a node: weights are sharded within one
 
@@ -28,7 +29,7 @@ def janus_config(name):
     known = JANUS_PRO.get(Path(name).name)
     if known is None:
         tiny = ROOT / "tiny_world/checkpoints/policy"
-        return JanusConfig.from_pretrained(tiny if name == "tiny" else name)
+        return load_part(JanusConfig, tiny if name == "tiny" else name)
     width = known["hidden_size"]
     text = dict(known, model_type="llama", vocab_size=102400, max_position_embeddings=16384)
     heads = width // 128

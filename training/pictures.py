@@ -1,10 +1,12 @@
-"""Pictures on disk: opened with care, written as GenEval reads them, kept in strips and sheets.
+"""Pictures on disk: written as GenEval reads them, kept in strips and sheets.
 
 Read next: log.py
 """
 
 import hashlib
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,20 +15,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from training.files import atomic
+from training.decode import to_rgb
+from training.files import atomic, usage_error
 from training.records import write_jsonl
 
 STRIP = 12  # pictures in the strip of fixed prompts
 COLUMNS = 16  # pictures in a row of a sheet
-
-
-def open_picture(path):
-    """The picture in RGB, or None and a line on stderr: one damaged file costs one score."""
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as problem:  # Pillow raises all three for bad files
-        print(f"error: {path}: not a readable picture ({problem})", file=sys.stderr)
-        return None
 
 
 def save_png(image, path):
@@ -53,10 +47,11 @@ def save_sheet(images, path):
 
 
 def cut_sheet(path, n):
-    """The first n pictures of a sheet; n times None if there is no such file."""
-    if not Path(path).is_file():
+    """The first n pictures of a sheet; n times None if there is no such file, or a damaged one."""
+    try:  # not `open_picture`: a sheet may be larger than any picture
+        sheet, rows = Image.open(path).convert("RGB"), -(-n // COLUMNS)
+    except Exception:  # no file, or a damaged one
         return [None] * n
-    sheet, rows = Image.open(path).convert("RGB"), -(-n // COLUMNS)
     width, height = sheet.width // COLUMNS, sheet.height // rows
     corners = [(i % COLUMNS * width, i // COLUMNS * height) for i in range(n)]
     return [sheet.crop((x, y, x + width, y + height)) for x, y in corners]
@@ -66,7 +61,7 @@ def diversity(images, group_size):
     """Mean distance between two pictures of a group: one number in [0, 1] for each group.
 
     Root mean square over the pixels at 32 x 32. It is 0 if the policy draws one picture for all."""
-    small = [np.asarray(image.convert("RGB").resize((32, 32)), np.float32) for image in images]
+    small = [np.asarray(to_rgb(image).resize((32, 32)), np.float32) for image in images]
     groups = torch.tensor(np.stack(small)) / 255
     groups = groups.view(len(images) // group_size, group_size, -1)
     distances = torch.cdist(groups, groups) / groups.shape[-1] ** 0.5
@@ -74,6 +69,9 @@ def diversity(images, group_size):
 
 
 # --- a folder of pictures, in GenEval's layout --------------------------------------------------
+
+
+SAMPLE = re.compile(r"\d+/samples/\d+\.png")  # what GenEval's scorer reads
 
 
 def write_pictures(
@@ -87,31 +85,19 @@ def write_pictures(
 
     sample_batch: (prompts, keys) -> (images, thoughts). settings: a dict with "seed", noted in each
     line; a picture that was made with other settings is replaced. A stopped run goes on where it
-    stopped: the manifest is whole after each batch."""
+    stopped: the manifest is whole after each batch. Afterwards the folder holds these pictures and
+    no others: those of earlier commands are set aside, unknown ones are refused with exit code 2.
+    """
     root = Path(output_dir)
-    manifest = root / "manifest.jsonl"
-    lines = manifest.read_text(encoding="utf-8").splitlines() if manifest.exists() else []
-    # Not read_jsonl: a setting that is null must stay equal to itself, and NaN is not.
-    entries = {entry["path"]: entry for entry in map(json.loads, lines)}
-    todo, replaced = [], 0
+    wanted = {
+        f"{i:05d}/samples/{k:04d}.png": (i, k) for i in range(len(rows)) for k in range(num_images)
+    }
+    entries = set_aside(root, wanted)
+    todo = pictures_to_make(root, rows, wanted, entries, settings, overwrite)
     for i, row in enumerate(rows):
         with atomic(root / f"{i:05d}" / "metadata.jsonl") as file:
             file.write(json.dumps(row))
-        for k in range(num_images):
-            path = f"{i:05d}/samples/{k:04d}.png"
-            entry = {
-                "path": path,
-                "id": row["id"],
-                "prompt": row["prompt"],
-                "sample": k,
-                **settings,
-            }
-            old = entries.get(path, {})
-            if overwrite or not (root / path).exists() or not entry.items() <= old.items():
-                todo.append((i, k, entry))
-                replaced += bool(old)
-    if replaced:
-        print(f"{replaced} pictures in {root}/ had other prompts or settings; they are replaced")
+    write_manifest(root, entries)
     for start in tqdm(range(0, len(todo), batch_size), disable=len(todo) <= batch_size):
         batch = todo[start : start + batch_size]
         keys = [(settings["seed"], 0, i, k) for i, k, _ in batch]
@@ -123,6 +109,79 @@ def write_pictures(
             entries[entry["path"]] = entry | {"thought": thought, "sha256": digest}
             if len(todo) <= 8:
                 print(f"{path}  {thought}")
-        write_jsonl(manifest, [entries[path] for path in sorted(entries)])
-    there = len(rows) * num_images - len(todo)
+        write_manifest(root, entries)
+    there = len(wanted) - len(todo)
     print(f"{len(todo)} pictures made, {there} were there already, in {root}/")
+
+
+def pictures_to_make(root, rows, wanted, entries, settings, overwrite):
+    """[(row's index, sample number, line of the manifest)] of what is missing or made otherwise."""
+    todo, replaced = [], 0
+    for path, (i, k) in wanted.items():
+        row, old = rows[i], entries.get(path, {})
+        entry = {"path": path, "id": row["id"], "prompt": row["prompt"], "sample": k, **settings}
+        if old and old.get("prompt") != row["prompt"]:  # nobody may take it for this prompt's
+            (root / path).unlink(missing_ok=True)
+        if overwrite or not (root / path).exists() or not entry.items() <= old.items():
+            todo.append((i, k, entry))
+            replaced += bool(old)
+    if replaced:
+        print(f"{replaced} pictures in {root}/ had other prompts or settings; they are replaced")
+    return todo
+
+
+def read_manifest(root):
+    """Path -> line of a folder's manifest, which lists the pictures that we wrote; {} if none."""
+    manifest, entries = Path(root) / "manifest.jsonl", {}
+    text = manifest.read_text(encoding="utf-8", errors="replace") if manifest.is_file() else ""
+    for number, line in enumerate(text.split("\n"), 1):
+        try:  # not read_jsonl: a setting that is null must stay equal to itself, and NaN is not
+            entry = json.loads(line) if line else None
+            if entry is not None and SAMPLE.fullmatch(entry["path"]):  # nothing outside the folder
+                entries[entry["path"]] = entry
+        except (ValueError, KeyError, TypeError):
+            print(f"{manifest}, line {number}: damaged, its picture is made again", file=sys.stderr)
+    return entries
+
+
+def write_manifest(root, entries):
+    write_jsonl(Path(root) / "manifest.jsonl", [entries[path] for path in sorted(entries)])
+
+
+def set_aside(root, wanted):
+    """Move the pictures that an earlier command made and this one does not to <root>-earlier/:
+    GenEval's scorer would average them with ours. Returns the lines of the manifest that stay.
+
+    Pictures that are not ours (no line in the manifest): exit code 2, nothing is touched."""
+    entries = read_manifest(root)
+    there = {path.relative_to(root).as_posix() for path in root.glob("*/samples/*.png")}
+    unknown = {path for path in there - entries.keys() if SAMPLE.fullmatch(path)}
+    if (root / "manifest.jsonl").is_file():  # else a stopped run has left them
+        unknown -= wanted.keys()
+    if unknown:
+        usage_error(
+            f"--output-dir {root}: {len(unknown)} pictures there, such as {min(unknown)}, are not "
+            "in its manifest.jsonl and would be scored as ours; move them, or name another folder"
+        )
+    stale = {path: entry for path, entry in entries.items() if path not in wanted}
+    moved = sorted(stale.keys() & there)
+    if moved:
+        place, n = root.resolve(), 1
+        while (aside := place.with_name(f"{place.name}-earlier{n if n > 1 else ''}")).exists():
+            n += 1
+        folders = {path.split("/")[0] for path in moved}
+        for folder in folders:
+            (aside / folder / "samples").mkdir(parents=True)
+            metadata = root / folder / "metadata.jsonl"
+            if metadata.is_file():
+                shutil.copy(metadata, aside / folder)
+        for path in moved:
+            (root / path).replace(aside / path)
+        write_manifest(aside, {path: stale[path] for path in moved})
+        for folder in folders - {path.split("/")[0] for path in wanted}:
+            (root / folder / "metadata.jsonl").unlink(missing_ok=True)
+            for emptied in (root / folder / "samples", root / folder):
+                if not any(emptied.iterdir()):
+                    emptied.rmdir()
+        print(f"{len(moved)} pictures of an earlier command are now in {aside}/")
+    return {path: entry for path, entry in entries.items() if path in wanted}

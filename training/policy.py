@@ -9,12 +9,10 @@ from pathlib import Path
 
 import torch
 from transformers import JanusForConditionalGeneration, JanusProcessor
-from transformers.utils import logging as transformers_logging
 
 from training.files import ROOT, usage_error
+from training.weights import load_model, load_part, readable
 
-transformers_logging.set_verbosity_error()  # it would announce each fallback to Pillow
-transformers_logging.disable_progress_bar()
 # On a Hopper GPU torch 2.13 would choose cuDNN's attention. Its gradient is sometimes NaN under a
 # mask (github.com/pytorch/pytorch/issues/196678), and it makes a new plan for every length.
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -69,11 +67,12 @@ def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_im
     The weights are float32 whatever `dtype` is: at a learning rate of 1e-6 a bfloat16 weight never
     moves (its spacing is 1/256 of its size). As in T2I-R1 the language model with its text head is
     trained; vision tower, aligners, image embeddings, image head and VQ model stay frozen. Exit
-    code 2 if there is no such checkpoint."""
+    code 2 if there is no such checkpoint, or if it does not fill the model."""
     tiny = ROOT / "tiny_world/checkpoints/policy"
     path = tiny if name_or_path == "tiny" else Path(name_or_path)
     if (path / "config.json").is_file():
-        kind = json.loads((path / "config.json").read_text()).get("model_type")
+        with readable(f"--model {name_or_path}"):
+            kind = json.loads((path / "config.json").read_text()).get("model_type")
         if kind != "janus":
             usage_error(
                 f"--model {name_or_path}: holds a {kind!r} checkpoint; it must be 'janus' in the "
@@ -83,11 +82,8 @@ def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_im
     elif path.is_dir() or name_or_path.startswith((".", "/")):
         usage_error(f"--model {name_or_path}: no config.json; give a folder of save_pretrained")
     source = path if path.is_dir() else name_or_path
-    try:
-        model = JanusForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
-        processor = JanusProcessor.from_pretrained(source)
-    except OSError as problem:
-        usage_error(f"--model {name_or_path}: cannot be loaded ({str(problem).splitlines()[0]})")
+    model = load_model(JanusForConditionalGeneration, source, dtype=torch.float32)
+    processor = load_part(JanusProcessor, source)
     own = path / "reasoning.txt"  # a checkpoint may bring the instruction that it was trained with
     reasoning = own if own.is_file() else ROOT / "prompts/reasoning.txt"
     trained = ("model.language_model.", "lm_head.")
@@ -100,3 +96,12 @@ def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_im
 
 def trainable(policy):
     return [p for p in policy.model.parameters() if p.requires_grad]
+
+
+def as_letters(policy, text):
+    """The text without control tokens: "<begin_of_image>" in a prompt would begin the picture. A
+    blank behind the bracket makes it text like any other."""
+    for token in policy.tokenizer.added_tokens_encoder:
+        if token.startswith("<") and len(token) > 1:
+            text = text.replace(token, f"< {token[1:]}")
+    return text

@@ -3,19 +3,18 @@
 Read next: records.py
 """
 
-import csv
-import io
 import json
 import random
 from pathlib import Path
 
 from training.files import usage_error
 from training.processes import rank, world_size
+from training.prompt_files import PROMPT_NAMES, UnreadableError, no_prompt_field, read_rows
 
-ALIASES = {  # our field -> what the benchmarks call it, first match wins
-    "prompt": ("prompt", "Prompt", "Prompts", "caption", "text"),
-    "id": ("id", "prompt_id", "item_id"),
-    "tag": ("tag", "task_type", "Subcategory", "Category", "Challenge"),
+ALIASES = {  # our field -> what the benchmarks call it, in any case; first match wins
+    "prompt": PROMPT_NAMES,
+    "id": ("id", "prompt_id", "item_id", "index"),
+    "tag": ("tag", "task_type", "subcategory", "category", "challenge"),
 }
 
 
@@ -23,74 +22,63 @@ def load_prompts(path):
     """Read the prompt file of any benchmark: a list of dicts with `id`, `prompt`, `tag` and every
     other column of the file.
 
-    The content decides, never the extension (T2I-R1's training file is JSONL named .json): JSONL, a
-    JSON list of objects or strings, a table (TSV or CSV whose header names a prompt column), plain
-    lines, or a folder of .txt files (DPG-Bench). Wrong input: exit code 2."""
-    path = Path(path)
-    if path.is_dir():
-        texts = sorted(path.glob("*.txt"))
-        rows = [{"id": text.stem, "prompt": text.read_text(encoding="utf-8")} for text in texts]
-    elif path.is_file():
-        rows = parse_prompts(path.read_text(encoding="utf-8-sig"), path)
-    else:
-        usage_error(f"--prompts {path}: no such file or folder")
-    if not rows:
-        usage_error(f"{path}: no prompts in it; one per line is enough")
-    prompts, seen = [], set()
-    for number, row in enumerate(rows):
-        row = normalize_row(row, number, path)
+    JSONL, a JSON list of objects or strings, a JSON object id -> prompt, a table whose header names
+    a prompt column, plain lines, or a folder of .txt files (DPG-Bench). Wrong input: exit code 2.
+    """
+    try:
+        rows = read_rows(Path(path))
+        if not rows:
+            raise UnreadableError("no prompts in it; one per line is enough")
+        prompts = [normalize_row(row, number) for number, row in enumerate(rows)]
+    except UnreadableError as problem:
+        usage_error(f"--prompts {path}: {problem}")
+    except RecursionError:
+        usage_error(f"--prompts {path}: its JSON is nested too deeply; keep only what is needed")
+    except OSError as problem:  # no permission, a name too long, a broken disk
+        usage_error(f"--prompts {str(path)[:200]}: {problem.strerror}; give a file or a folder")
+    seen = set()
+    for number, row in enumerate(prompts, 1):
         if row["id"] in seen:
             usage_error(
-                f"{path}, entry {number + 1}: id {row['id']!r} occurs twice; ids name files"
+                f"--prompts {path}, entry {number}: id {row['id']!r} occurs twice; ids name files, "
+                "give each prompt its own"
             )
         seen.add(row["id"])
-        prompts.append(row)
     return prompts
 
 
-def normalize_row(row, number, path):
+def normalize_row(row, number):
     """One entry of a prompt file, with the three fields that every script relies on."""
     row = {"prompt": row} if isinstance(row, str) else row
-    where = f"{path}, entry {number + 1}"
+    where = f"entry {number + 1}"
     if not isinstance(row, dict):
-        usage_error(f"{where}: a prompt is a text or an object, not {str(row)[:60]!r}")
-    known = {
-        field: next((row[name] for name in names if row.get(name) not in (None, "")), None)
-        for field, names in ALIASES.items()
-    }
-    prompt = known["prompt"]
-    if not isinstance(prompt, str) or not prompt.strip():
-        fields = ", ".join(ALIASES["prompt"])
-        usage_error(f"{where}: no prompt; it needs one of the fields {fields}: {str(row)[:100]}")
-    id_ = str(known["id"] if known["id"] is not None else number)
-    return {**row, "prompt": prompt.strip(), "id": id_, "tag": known["tag"] or ""}
+        raise UnreadableError(f"{where}: a prompt is a text or an object, not {str(row)[:60]!r}")
+    fields = {name.strip().lower(): value for name, value in row.items()} | row
+    present = [fields[name] for name in ALIASES["prompt"] if name in fields]
+    if not present:
+        raise UnreadableError(f"{where}: {no_prompt_field(row)}")
+    prompt = present[0]  # never another column because this one is empty
+    if not isinstance(prompt, str) or "\0" in prompt or not has_letters(prompt):
+        raise UnreadableError(f"{where}: a prompt is a visible text, not {str(prompt)[:80]!r}")
+    id_, tag = (
+        next((fields[name] for name in ALIASES[field] if fields.get(name) not in (None, "")), "")
+        for field in ("id", "tag")
+    )
+    if isinstance(id_, bool) or not isinstance(id_, (str, int, float)):
+        raise UnreadableError(f"{where}: an id is a text or a number, not {str(id_)[:60]!r}")
+    tag = tag if isinstance(tag, str) else json.dumps(tag)
+    row = {**row, "prompt": prompt.strip(), "id": str(id_).strip() or str(number), "tag": tag}
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as problem:
+        letter = problem.object[problem.start]
+        raise UnreadableError(f"{where}: {letter!r} is half a character; write all of it") from None
+    return row
 
 
-def parse_prompts(text, path):
-    """The rows of one prompt file, not yet checked: dicts or strings."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    if text.lstrip()[:1] in ("{", "["):
-        try:  # the whole file is one JSON value
-            value = json.loads(text)
-            return value if isinstance(value, list) else [value]
-        except json.JSONDecodeError:
-            return parse_jsonl(text, path)
-    delimiter = "\t" if lines and "\t" in lines[0] else ","
-    header = next(csv.reader(lines[:1], delimiter=delimiter), [])
-    if set(header) & set(ALIASES["prompt"]):
-        return list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
-    return [line.split("\t")[0] for line in lines]
-
-
-def parse_jsonl(text, path):
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as problem:
-                usage_error(f"{path}, line {number}: not JSON ({problem.msg}): {line[:80]!r}")
-    return rows
+def has_letters(prompt):
+    """Whether there is anything to see: blanks and zero-width characters are nothing."""
+    return any(letter.isprintable() and not letter.isspace() for letter in prompt)
 
 
 # --- the prompts of a training step -------------------------------------------------------------

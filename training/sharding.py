@@ -34,6 +34,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from training.processes import world_size
+from training.weights import check_fit, readable
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets whole tensors
 
@@ -124,12 +125,14 @@ def add_lora(policy, rank, seed=0):
 
 def load_lora(policy, checkpoint):
     """The matrices that a checkpoint keeps beside the merged weights."""
-    from peft import set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    set_peft_model_state_dict(
-        policy.adapter, load_file(checkpoint / "lora/adapter_model.safetensors")
-    )
+    file = checkpoint / "lora/adapter_model.safetensors"
+    with readable(file):
+        state, own = load_file(file), get_peft_model_state_dict(policy.adapter)
+        check_fit(file, own.keys() - state.keys(), state.keys() - own.keys(), [])
+        set_peft_model_state_dict(policy.adapter, state)
 
 
 @contextlib.contextmanager
