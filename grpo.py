@@ -13,7 +13,7 @@ The policy learns what the reward model *measures*, not what it was meant to mea
 difference is the subject: `--rewards` train the policy, `--eval-rewards` are held out, and no
 reward is ever both.
 
-Run:   torchrun grpo.py --rewards hps,artifact    the tiny world: about 9 minutes on two CPU cores
+Run:   torchrun grpo.py --rewards hps,artifact    the tiny world: 6 to 9 minutes on two CPU cores
        torchrun grpo.py --rewards hps             the same without the cure: gold falls
        python -m studies.explain --rewards hps    one step, printed number by number
        torchrun --nproc-per-node 8 grpo.py --model deepseek-community/Janus-Pro-1B

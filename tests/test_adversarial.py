@@ -335,12 +335,12 @@ class Listener:
 
 
 def test_every_process_learns_from_the_rollouts_of_all_in_the_order_of_their_keys(monkeypatch):
-    rollouts = types.SimpleNamespace(keys=[(0, 0, 3, 0)], prompts=["c"], images=["C"])
-    other = [((0, 0, 4, 0), "d", "D"), ((0, 0, 1, 1), "b", "B"), ((0, 0, 1, 0), "a", "A")]
+    rollouts = types.SimpleNamespace(keys=[(0, 0, 3, 0)], prompts=["b"], images=["C"])
+    other = [((0, 0, 4, 0), "a", "D"), ((0, 0, 1, 1), "c", "B"), ((0, 0, 1, 0), "c", "A")]
     monkeypatch.setattr(adversarial_reward, "gather", lambda entries: other + entries)
     first, second = Listener(), Listener()
     metrics = adversarial_reward.update_adversaries({"x": first, "y": second}, rollouts)
-    assert first.heard == second.heard == (list("abcd"), list("ABCD"))
+    assert first.heard == second.heard == (list("ccba"), list("ABCD"))
     expected = {"x/margin": 0.5, "x/updates": 4, "y/margin": 0.5, "y/updates": 4}
     assert metrics == expected and first.weight.tolist() == [1, 2]
 

@@ -228,6 +228,7 @@ LONG = "Broken? Yes or no. " + "x" * 1200
         ("Answer YES/NO: is it broken?", None),
         ("Is it broken ('yes'), or not (\"no\")?", None),
         ("Broken: yes; no!", None),
+        ("Yes? No?", None),
     ],
 )
 def test_what_cannot_be_a_question_is_refused_with_a_reason(text, why):

@@ -96,6 +96,13 @@ def test_the_contexts_are_the_chat_template_with_the_prompt_and_the_thought(poli
     assert decode(ids, mask) == [turn.format(text) + "<begin_of_image>" for text in texts]
 
 
+def test_padding_is_on_the_left_whatever_the_tokenizer_prefers(policy, monkeypatch):
+    expected = generate.tokenize(policy, ["a red circle", "a star"])
+    monkeypatch.setattr(policy.tokenizer, "padding_side", "right")
+    got = generate.tokenize(policy, ["a red circle", "a star"])
+    assert torch.equal(got[0], expected[0]) and got[1].tolist()[1] == [False] + [True] * 3
+
+
 def test_the_unguided_branch_knows_nothing_of_the_words(policy):
     ids, _ = generate.image_context(policy, ["a red circle", "a blue square"], ["", ""])
     blank = generate.unconditional_ids(policy, ids)

@@ -324,6 +324,12 @@ def test_a_reward_with_a_negative_weight_is_better_when_smaller():
     assert got.isnan().tolist() == [True, True, False, True]
 
 
+def test_a_reward_without_weight_decides_no_comparison():
+    scores = {"a": A, "b": tensor(1.0, -1.0, 0.0, 1.0)}
+    got = rewards.combine(scores, {"a": 1.0, "b": 0.0}, 4, "pareto")
+    assert got.tolist() == pytest.approx([NAN, NAN, 2, NAN], nan_ok=True)
+
+
 def test_groups_are_combined_one_by_one():
     twice = {name: torch.cat([values, values + 7]) for name, values in SCORES.items()}
     got = rewards.combine(twice, WEIGHTS, 4, "normalized")

@@ -607,6 +607,25 @@ def test_with_lora_the_reference_policy_is_the_policy_without_its_adapter(monkey
     assert events[3:] == [("reference", "rollouts", "cfg")]
 
 
+def test_with_lora_the_base_policy_is_the_policy_without_its_adapter(config, monkeypatch):
+    @contextlib.contextmanager
+    def disable_adapter():
+        policy.switched_off = True
+        yield
+        policy.switched_off = False
+
+    def rollout(chosen, *_):
+        assert chosen is policy and policy.switched_off
+        nothing = torch.zeros(1, 0, dtype=torch.long)
+        return generate.Rollouts([(0, -2, 0, 0)], ["a"], ["t"], nothing, nothing, nothing, [0])
+
+    policy = types.SimpleNamespace(adapter=types.SimpleNamespace(disable_adapter=disable_adapter))
+    monkeypatch.setattr(grpo, "rollout", rollout)
+    known = known_rewards({"a": 1.0}, a=lambda *_: torch.ones(1))
+    pool = grpo.best_of_n_pool(policy, None, known, ROWS[:1], config(best_of=1))
+    assert [record["total"] for record in pool] == [1] and not policy.switched_off
+
+
 # --- rollouts that do not fit -------------------------------------------------------------------
 
 
