@@ -120,6 +120,12 @@ def test_a_judge_in_this_process_looks_at_sixty_four_pictures_at_a_time(artifact
     assert first == [artifact.judge.tokenizer.decode([n]) for n in range(65)]
 
 
+def test_a_batch_without_a_readable_picture_does_not_end_the_judging(artifact):
+    narrow, good = Image.new("RGB", (1, 500)), Image.new("RGB", (32, 32), "red")
+    found = artifact.judge.answers("Is there noise? Answer yes or no.", [narrow] * 64 + [good])
+    assert found[:64] == [[]] * 64 and len(found[64]) == 20
+
+
 def test_the_sanity_check_asks_about_a_clean_and_a_broken_picture(artifact, monkeypatch, capsys):
     clean_and_broken = [image.tobytes() for image in artifact_reward.sanity_images()]
 
