@@ -18,7 +18,7 @@ You should see:  a number in [0, 1] for each picture: how sure the judge is that
 
 Left out: any invented score. A judge that does not answer, or answers neither yes nor no, gives no
 score: NaN. (The released code gives such a picture 1.0, a perfect score.) The judge itself, in this
-process or on a server, is in reward_models/judge.py.   Read next: grpo.py
+process or on a server, is in reward_models/judge.py.   Read next: apo.py
 """
 
 import math
