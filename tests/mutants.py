@@ -141,6 +141,7 @@ def fork(path, mutated, tests, first, notes, limit=240):
         return pid
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))  # an endless loop counts as noticed,
     signal.alarm(5 * limit)  # and a machine that stalls for a minute does not
+    resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))  # a mutant may ask for any amount
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)

@@ -300,7 +300,9 @@ def test_weights_are_float32_and_only_the_language_model_is_trained(image_head):
         id(p) for p in loaded.model.parameters() if p.requires_grad
     ]
     assert not loaded.model.training and loaded.dtype == torch.bfloat16
-    assert loaded.reasoning == "plan {}" and generate.load_policy().dtype == torch.float32
+    default = generate.load_policy()
+    assert loaded.reasoning == "plan {}" and default.dtype == torch.float32
+    assert not any(p.requires_grad for p in default.model.model.generation_head.parameters())
 
 
 def test_a_checkpoint_in_bfloat16_without_an_instruction_gets_float32_and_the_papers(tmp_path):

@@ -207,6 +207,25 @@ def test_a_dead_process_ends_the_others_and_torchrun_restarts_from_the_checkpoin
     assert [line["step"] for line in metrics_of(tmp_path / "mortal")] == [0, 1, 2, 3, 4]
 
 
+def test_a_process_of_a_group_ends_with_its_code_and_runs_what_libraries_registered():
+    code = (
+        "import atexit, threading, time; from training import processes; "
+        "processes.start_processes('cpu'); atexit.register(print, 'registered'); "
+        "threading.Thread(target=time.sleep, args=(600,)).start(); "  # late, as gloo's can be
+        "processes.end_processes(7)"
+    )
+    group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **group},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (process.returncode, process.stdout) == (7, "registered\n"), process.stderr
+
+
 # --- around the loop ----------------------------------------------------------------------------
 
 

@@ -62,7 +62,13 @@ def external_logger(cfg, folder):
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(folder / "tensorboard")
-            return lambda step, numbers: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
+
+            def write(step, numbers):
+                for name, value in numbers.items():
+                    writer.add_scalar(name, value, step)
+                writer.flush()  # it would keep two minutes of numbers in memory
+
+            return write
         import wandb
     except ImportError:
         name = cfg.report_to

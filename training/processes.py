@@ -3,7 +3,9 @@
 Read next: sharding.py
 """
 
+import atexit
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -28,9 +30,21 @@ def start_processes(device="auto"):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def end_processes():
+def end_processes(code=0):
+    """Leave the process group, if there is one, and end the process with this exit code.
+
+    os._exit, because the interpreter's own shutdown can abort a process that has sharded a model:
+    DTensor's caches keep the group, and gloo's threads, alive after destroy_process_group. If such
+    a thread is late to release the tensors of the last gather, it asks for an interpreter that is
+    gone ("terminate called without an active exception", pytorch/pytorch#190489)."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        atexit._run_exitfuncs()  # what libraries have registered, such as the end of a wandb run
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        raise SystemExit(code)
 
 
 def rank():

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 
-from training.processes import gather, rank
+from training.processes import end_processes, gather, rank
 
 PATIENCE = 5  # steps in a row with a gradient that is not finite, until the run gives up
 
@@ -58,4 +58,4 @@ def give_up(reason, code):
             f"{reason}; stopped after saving a checkpoint; continue with --resume latest",
             file=sys.stderr,
         )
-    raise SystemExit(code)
+    end_processes(code)
