@@ -6,7 +6,7 @@ torch and transformers once, and forks for each mutant. Messages to the user are
 mutated, nor what needs a GPU (a device given to torch, the recorded sampling loop).
 
 Run:   pip install mutmut==3.8.1
-       python tests/mutants.py                       all functions of the table: 40 minutes
+       python tests/mutants.py                       all functions of the table: an hour
        python tests/mutants.py kl_k3 prob_no         some of them
 
 You should see:  for each survivor its function, line and change; then killed / total.
