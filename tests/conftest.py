@@ -1,5 +1,8 @@
+import json
+
 import pytest
 import torch
+from PIL import Image
 
 import generate
 import grpo
@@ -7,6 +10,13 @@ import rewards
 from training import checks
 from training.files import ROOT
 from training.prompts import load_prompts
+from training.records import write_jsonl
+
+TEXTS = ["a red circle", "two blue stars", "a cross above a square"]
+
+
+def picture(color=(200, 10, 10), side=8):
+    return Image.new("RGB", (side, side), color)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,3 +55,18 @@ def config():
         return cfg
 
     return make
+
+
+@pytest.fixture
+def generated(tmp_path):
+    """Four pictures for each prompt of TEXTS, as generate.py writes them."""
+    out, entries = tmp_path / "out", []
+    for i, text in enumerate(TEXTS):
+        (out / f"{i:05d}/samples").mkdir(parents=True)
+        (out / f"{i:05d}/metadata.jsonl").write_text(json.dumps({"prompt": text}))
+        for k in range(4):
+            path = f"{i:05d}/samples/{k:04d}.png"
+            picture((60 * i, 60 * k, 0)).save(out / path)
+            entries.append({"path": path, "id": str(i), "prompt": text, "sample": k})
+    write_jsonl(out / "manifest.jsonl", entries)
+    return out

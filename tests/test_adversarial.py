@@ -467,7 +467,8 @@ def test_without_references_the_published_checkpoint_is_refused(capsys):
     assert "--references FOLDER" in capsys.readouterr().err
 
 
-def test_references_come_from_any_pipeline_of_diffusers(tmp_path):
+def save_stable_diffusion(path):
+    """Stable Diffusion with small random weights, in the format of the real one."""
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -513,7 +514,11 @@ def test_references_come_from_any_pipeline_of_diffusers(tmp_path):
         None,
         None,
         requires_safety_checker=False,
-    ).save_pretrained(tmp_path / "sd")
+    ).save_pretrained(path)
+
+
+def test_references_come_from_any_pipeline_of_diffusers(tmp_path):
+    save_stable_diffusion(tmp_path / "sd")
     (tmp_path / "prompts.txt").write_text("a red star\ntwo blue circles\n")
     cfg = generate.Config(
         model=str(tmp_path / "sd"),

@@ -8,19 +8,13 @@ import math
 import pytest
 import torch
 import tyro
-from PIL import Image
+from conftest import TEXTS, picture
 
 import evaluate
 import generate
 import rewards
 from training.files import ROOT
 from training.records import read_jsonl
-
-TEXTS = ["a red circle", "two blue stars", "a cross above a square"]
-
-
-def picture(color=(200, 10, 10), side=8):
-    return Image.new("RGB", (side, side), color)
 
 
 def run(*args):
@@ -32,21 +26,6 @@ def prompts(tmp_path):
     path = tmp_path / "photo.txt"
     path.write_text("\n".join(TEXTS) + "\n")
     return path
-
-
-@pytest.fixture
-def painted(tmp_path, prompts):
-    """Four pictures for each of three prompts, as generate.py writes them."""
-    out, entries = tmp_path / "out", []
-    for i, text in enumerate(TEXTS):
-        (out / f"{i:05d}/samples").mkdir(parents=True)
-        (out / f"{i:05d}/metadata.jsonl").write_text(json.dumps({"prompt": text}))
-        for k in range(4):
-            path = f"{i:05d}/samples/{k:04d}.png"
-            picture((60 * i, 60 * k, 0)).save(out / path)
-            entries.append({"path": path, "id": str(i), "prompt": text, "sample": k})
-    (out / "manifest.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
-    return out
 
 
 # --- scores
@@ -70,18 +49,18 @@ def counting(monkeypatch):
     return reward
 
 
-def test_a_folder_is_scored_once(painted, prompts, counting, capsys, tmp_path):
+def test_a_folder_is_scored_once(generated, prompts, counting, capsys, tmp_path):
     for _ in range(2):
         with pytest.raises(SystemExit) as stop:
-            run("--images", painted, "--prompts", prompts, "--rewards", "hps")
+            run("--images", generated, "--prompts", prompts, "--rewards", "hps")
         assert stop.value.code == 0
     assert counting.asked == 12
     assert "| hps | all | 0.235 | 0.136 | 12 | 0 |" in capsys.readouterr().out
     picture((250, 0, 0)).save(
-        painted / "00000/samples/0000.png"
+        generated / "00000/samples/0000.png"
     )  # a picture made again is scored again
     with pytest.raises(SystemExit):
-        run("--images", painted, "--prompts", prompts, "--rewards", "hps")
+        run("--images", generated, "--prompts", prompts, "--rewards", "hps")
     assert counting.asked == 13 and len(read_jsonl(tmp_path / "out-scores-tiny.jsonl")) == 12
 
 
@@ -96,10 +75,10 @@ def test_the_standard_error_counts_prompts_not_pictures():
     )  # of two opinions, not of six
 
 
-def test_a_corrupt_picture_costs_one_score(painted, prompts, counting, capsys):
-    (painted / "00001/samples/0002.png").write_bytes(b"\x89PNG no more")
+def test_a_corrupt_picture_costs_one_score(generated, prompts, counting, capsys):
+    (generated / "00001/samples/0002.png").write_bytes(b"\x89PNG no more")
     with pytest.raises(SystemExit) as stop:
-        run("--images", painted, "--prompts", prompts, "--rewards", "hps")
+        run("--images", generated, "--prompts", prompts, "--rewards", "hps")
     out = capsys.readouterr()
     assert (
         stop.value.code == 3

@@ -206,34 +206,20 @@ class Judge(http.server.BaseHTTPRequestHandler):
             "thinking": [("So", -0.58), ("Got", -0.82), ("Yes", -13.0), ("No", -13.7)],
             "none": [],
         }.get(what, GOOD)
-        content = (
-            [
-                {
-                    "token": top[0][0],
-                    "logprob": top[0][1],
-                    "bytes": None,
-                    "top_logprobs": [{"token": t, "logprob": p, "bytes": None} for t, p in top],
-                }
-            ]
-            if top
-            else []
-        )
-        choice = {
+        choices = [] if what == "empty" else [self.choice(top)]
+        head = {"id": "1", "object": "chat.completion", "created": 0, "model": "qwen"}
+        self.reply(200, head | {"choices": choices})
+
+    def choice(self, top):
+        """One token and its likeliest alternatives, in the format of OpenAI's API."""
+        tokens = [{"token": text, "logprob": logprob, "bytes": None} for text, logprob in top]
+        content = [tokens[0] | {"top_logprobs": tokens}] if top else []
+        return {
             "index": 0,
             "finish_reason": "length",
             "message": {"role": "assistant", "content": "x"},
             "logprobs": {"content": content} if top else None,
         }
-        self.reply(
-            200,
-            {
-                "id": "1",
-                "object": "chat.completion",
-                "created": 0,
-                "model": "qwen",
-                "choices": [] if what == "empty" else [choice],
-            },
-        )
 
 
 @pytest.fixture

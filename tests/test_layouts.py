@@ -1,11 +1,11 @@
 """Layouts: every picture goes to its own prompt, and a scorer finds one export and nothing else."""
 
-import json
 import os
 import shutil
 import unicodedata
 
 import pytest
+from conftest import TEXTS, picture
 from PIL import Image
 
 from evaluation import exports, layouts
@@ -13,31 +13,10 @@ from training.pictures import read_manifest, write_pictures
 from training.prompts import load_prompts
 from training.records import write_jsonl
 
-TEXTS = ["a red circle", "two blue stars", "a cross above a square"]
-
-
-def picture(color=(200, 10, 10), side=8):
-    return Image.new("RGB", (side, side), color)
-
 
 @pytest.fixture
 def rows():
     return [{"id": str(i), "prompt": text, "tag": ""} for i, text in enumerate(TEXTS)]
-
-
-@pytest.fixture
-def generated(tmp_path):
-    """Four pictures for each of three prompts, as generate.py writes them."""
-    out, entries = tmp_path / "out", []
-    for i, text in enumerate(TEXTS):
-        (out / f"{i:05d}/samples").mkdir(parents=True)
-        (out / f"{i:05d}/metadata.jsonl").write_text(json.dumps({"prompt": text}))
-        for k in range(4):
-            path = f"{i:05d}/samples/{k:04d}.png"
-            picture((60 * i, 60 * k, 0)).save(out / path)
-            entries.append({"path": path, "id": str(i), "prompt": text, "sample": k})
-    write_jsonl(out / "manifest.jsonl", entries)
-    return out
 
 
 # --- what the official scorers match, restated -------------------------------------------

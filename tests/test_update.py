@@ -573,7 +573,8 @@ def test_a_shard_holds_an_averaged_gradient_and_the_norm_is_of_the_whole(
     assert parameter.grad.full_tensor().tolist() == pytest.approx([3, 4], abs=1e-4)
 
 
-def test_the_reference_is_another_model_or_the_policy_without_its_adapter():
+def policy_with_adapter():
+    """(policy, events): events tells when its adapter was switched off and on."""
     events = []
 
     @contextlib.contextmanager
@@ -582,7 +583,12 @@ def test_the_reference_is_another_model_or_the_policy_without_its_adapter():
         yield
         events.append("on")
 
-    policy = types.SimpleNamespace(adapter=types.SimpleNamespace(disable_adapter=disable_adapter))
+    adapter = types.SimpleNamespace(disable_adapter=disable_adapter)
+    return types.SimpleNamespace(adapter=adapter), events
+
+
+def test_the_reference_is_another_model_or_the_policy_without_its_adapter():
+    policy, events = policy_with_adapter()
     with sharding.as_reference(policy, "reference") as chosen:
         assert chosen == "reference" and events == []
     with sharding.as_reference(policy, None) as chosen:
@@ -591,15 +597,7 @@ def test_the_reference_is_another_model_or_the_policy_without_its_adapter():
 
 
 def test_with_lora_the_reference_policy_is_the_policy_without_its_adapter(monkeypatch):
-    events = []
-
-    @contextlib.contextmanager
-    def disable_adapter():
-        events.append("off")
-        yield
-        events.append("on")
-
-    policy = types.SimpleNamespace(adapter=types.SimpleNamespace(disable_adapter=disable_adapter))
+    policy, events = policy_with_adapter()
     monkeypatch.setattr(grpo, "all_logprobs", lambda *arguments: events.append(arguments) or 5)
     assert grpo.reference_logprobs(policy, None, "rollouts", "cfg") == 5
     assert events == ["off", (policy, "rollouts", "cfg"), "on"]
@@ -608,22 +606,17 @@ def test_with_lora_the_reference_policy_is_the_policy_without_its_adapter(monkey
 
 
 def test_with_lora_the_base_policy_is_the_policy_without_its_adapter(config, monkeypatch):
-    @contextlib.contextmanager
-    def disable_adapter():
-        policy.switched_off = True
-        yield
-        policy.switched_off = False
+    policy, events = policy_with_adapter()
 
     def rollout(chosen, *_):
-        assert chosen is policy and policy.switched_off
+        assert chosen is policy and events == ["off"]
         nothing = torch.zeros(1, 0, dtype=torch.long)
         return generate.Rollouts([(0, -2, 0, 0)], ["a"], ["t"], nothing, nothing, nothing, [0])
 
-    policy = types.SimpleNamespace(adapter=types.SimpleNamespace(disable_adapter=disable_adapter))
     monkeypatch.setattr(grpo, "rollout", rollout)
     known = known_rewards({"a": 1.0}, a=lambda *_: torch.ones(1))
     pool = grpo.best_of_n_pool(policy, None, known, ROWS[:1], config(best_of=1))
-    assert [record["total"] for record in pool] == [1] and not policy.switched_off
+    assert [record["total"] for record in pool] == [1] and events == ["off", "on"]
 
 
 # --- rollouts that do not fit -------------------------------------------------------------------
