@@ -25,9 +25,7 @@ Left out: the detectors of GenEval and T2I-CompBench. Their own scorers read wha
 """
 
 import math
-import statistics
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -47,7 +45,7 @@ from training.files import atomic, usage_error
 from training.pictures import cut_sheet
 from training.processes import pick_device
 from training.prompts import load_prompts
-from training.records import mean, read_jsonl, write_jsonl
+from training.records import mean, read_jsonl, standard_error, write_jsonl
 
 # The paper's Table 2 (arXiv:2601.03468): accuracy on its 202 pairs.
 PAPER = {
@@ -100,8 +98,8 @@ def score_images(matched, rewards, known, save, batch_size=64):
     """Score matched pictures [(row, k, path)]; returns records, one dict for each picture. known:
     records of earlier calls; what they hold is not scored again. save(records) is called now and
     then. Pictures are open for one batch only, so memory does not grow."""
-    earlier, records = {(record["path"], record["sha256"]): record for record in known}, []
-    starts = range(0, len(matched), batch_size)
+    records, starts = [], range(0, len(matched), batch_size)
+    earlier = {(r["path"], r["sha256"], r["prompt"]): r for r in known}
     for start in tqdm(starts, desc=f"scoring, {batch_size} at a time"):
         batch = matched[start : start + batch_size]
         new = []
@@ -109,12 +107,21 @@ def score_images(matched, rewards, known, save, batch_size=64):
             digest = file_digest(path)  # a redrawn picture is another
             record = {"path": str(path), "id": row["id"], "prompt": row["prompt"]}
             record |= {"tag": row["tag"], "sample": sample, "sha256": digest}
-            new.append(earlier.get((str(path), digest), {}) | record)
+            old = earlier.get((str(path), digest, row["prompt"]), {})
+            new.append(record | still_valid(old, rewards))
         score_batch(batch, new, rewards)
         records += new
         if start // batch_size % 16 == 15:
             save(records)
     return records
+
+
+def still_valid(old, rewards):
+    """The scores of an earlier record: those of these rewards only if they are the same rewards,
+    with the same checkpoint, judge and question."""
+    scored_by = old.get("scored_by", {})
+    valid = {n: by for n, by in scored_by.items() if n not in rewards or rewards[n].identity == by}
+    return {name: old[name] for name in valid} | {"scored_by": valid}
 
 
 def score_batch(batch, records, rewards):
@@ -130,6 +137,7 @@ def score_batch(batch, records, rewards):
             )
             for i, value in zip(todo, scores[name].tolist()):
                 records[i][name] = value
+                records[i]["scored_by"][name] = reward.identity
 
 
 def score_table(records, names, by_tag=False):
@@ -141,16 +149,10 @@ def score_table(records, names, by_tag=False):
     table = []
     for name in names:
         for tag, members in groups.items():
-            by_prompt = defaultdict(list)
-            for record in members:
-                if math.isfinite(record[name]):
-                    by_prompt[record["id"]].append(record[name])
-            means = [mean(values) for values in by_prompt.values()]
-            error = math.nan
-            if len(means) > 1:
-                error = statistics.stdev(means) / math.sqrt(len(means))
-            n = sum(map(len, by_prompt.values()))
-            row = {"score": name, "prompts": tag, "mean": mean(means), "standard error": error}
+            scores = [record[name] for record in members]
+            error = standard_error(scores, [record["id"] for record in members])
+            row = {"score": name, "prompts": tag, "mean": mean(scores), "standard error": error}
+            n = sum(map(math.isfinite, scores))
             table.append(row | {"n": n, "failed": len(members) - n})
     return table
 

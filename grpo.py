@@ -13,9 +13,9 @@ The policy learns what the reward model *measures*, not what it was meant to mea
 difference is the subject: `--rewards` train the policy, `--eval-rewards` are held out, and no
 reward is ever both.
 
-Run:   torchrun grpo.py --rewards hps,artifact    the tiny world: 6 to 9 minutes on two CPU cores
+Run:   torchrun grpo.py --rewards hps,artifact    the tiny world: minutes on two CPU cores
        torchrun grpo.py --rewards hps             the same without the cure: gold falls
-       python -m studies.explain --rewards hps    one step, printed number by number
+       torchrun grpo.py --rewards noise           the control: what moves here is drift
        torchrun --nproc-per-node 8 grpo.py --model deepseek-community/Janus-Pro-1B
 
 You should see:  a progress bar with the rewards; every 10 steps a line with test scores, where hps
@@ -59,8 +59,8 @@ class Config:
 
     num_generations: int = 8  # G, rollouts of a prompt: the group
     prompts_per_step: int = 16  # P, over all processes
-    max_steps: int | None = None  # steps of training [tiny: 100; else 1600]
-    learning_rate: float | None = None  # AdamW's, falls linearly to 0 [tiny: 1e-4; else 1e-6]
+    max_steps: int | None = None  # steps of training [tiny: 60; else 1600]
+    learning_rate: float | None = None  # AdamW's, falls linearly to 0 [tiny: 3e-4; else 1e-6]
     beta: float | None = None  # weight of the KL to the reference policy [tiny: .02; else .01]
     epsilon: float = 0.2  # clip range below 1
     epsilon_high: float = 0.2  # clip range above 1; DAPO takes .28
@@ -107,7 +107,7 @@ class Config:
     save_steps: int = 25  # steps between two checkpoints
     save_total_limit: int = 2  # number of checkpoints that are kept
     eval_steps: int = 10  # steps between two tests
-    eval_images: int = 216  # pictures of each test
+    eval_images: int = 540  # pictures of each test
     best_of: int = 16  # measure best-of-n of the base policy up to this n; 0: not at all
 
 
@@ -293,8 +293,8 @@ def train_step(policy, reference, rewards, optimizer, rollouts, rows, step, cfg,
 
     # --advantage global needs the rewards of all processes; a group never leaves its process.
     all_rewards = torch.tensor(processes.gather(total.tolist()))
-    local = slice(processes.rank() * len(total), (processes.rank() + 1) * len(total))
-    advantages = group_advantages(all_rewards, G, cfg.advantage)[local]
+    first = sum(processes.gather([len(total)])[: processes.rank()])
+    advantages = group_advantages(all_rewards, G, cfg.advantage)[first : first + len(total)]
     optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
     metrics |= update_policy(policy, reference_NS, optimizer, rollouts, advantages, cfg)
     clock("update")
@@ -394,7 +394,7 @@ def load_rewards(cfg, weights, heldout, rows):
 
 
 def main(cfg):
-    processes.start_processes(cfg.device)
+    processes.start_processes(cfg.device, math.inf if cfg.shard else max(1, cfg.prompts_per_step))
     checks.fill_presets(cfg)
     cfg.question = read_question(cfg.question)  # config.json keeps the text, not the file's name
     weights, heldout = reward_lib.check_roles(cfg.rewards, cfg.eval_rewards, cfg.combine)
@@ -422,10 +422,10 @@ def main(cfg):
             rollouts = rollout(policy, rows, jobs, step, cfg)  # G for each prompt
         log.clock("rollout")
         stop.stop_if_requested(run.save)  # nothing has changed yet: this step is repeated
-        scores, metrics = train_step(
-            policy, reference, rewards, optimizer, rollouts, rows, step, cfg, log.clock
-        )
+        parts = (policy, reference, rewards, optimizer)
+        scores, metrics = train_step(*parts, rollouts, rows, step, cfg, log.clock)
         metrics, records = log.step(step, metrics, policy, rows, rollouts, scores)
+        stopping.stop_if_diverged(metrics, step, run.last_checkpoint())
         rewards.update_multipliers(records, cfg.combine, cfg.floor)
         run.finish_step(metrics["skipped"])
         if run.is_due(cfg.eval_steps, cfg.max_steps):

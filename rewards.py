@@ -26,8 +26,10 @@ Read next: artifact_reward.py
 import math
 import re
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -39,7 +41,7 @@ from evaluation.tables import markdown
 from reward_models.clip import HPS, Aesthetic, PickScore
 from reward_models.git import GIT
 from reward_models.grounding_dino import GDino
-from reward_models.image_statistics import STATISTICS, Jpeg
+from reward_models.image_statistics import STATISTICS, Jpeg, Noise
 from reward_models.imagereward import ImageReward
 from reward_models.llava import ORM, Unified
 from reward_models.maniqa import MANIQAReward
@@ -68,6 +70,7 @@ REWARDS = {
     "adversarial": Adversarial,
     "adversarial-pickscore": AdversarialPickScore,
     "jpeg": Jpeg,
+    "noise": Noise,
     **STATISTICS,  # brightness, saturation, edges, entropy: held-out only; "stats" names all four
     "gold": Gold,
     "gold-aligned": GoldAligned,
@@ -83,13 +86,30 @@ def load(name, device="cpu", checkpoint=None, url=None, **options):
     if name not in REWARDS:
         usage_error(f"unknown reward {name!r}; known are {', '.join(REWARDS)}")
     if url:
-        return RemoteReward(name, url)
+        reward = RemoteReward(name, url)
+        reward.identity = f"{name} at {url}"
+        return reward
     kind = REWARDS[name]
     if checkpoint == "tiny":
         checkpoint = ROOT / "tiny_world/checkpoints" / getattr(kind, "tiny_folder", name)
         if kind.checkpoint and not checkpoint.is_dir():
             usage_error(f"{name} has no tiny checkpoint; it works with a --model other than tiny")
-    return kind(device=device, checkpoint=checkpoint, **options)
+    reward = kind(device=device, checkpoint=checkpoint, **options)
+    reward.identity = identity(reward, name, checkpoint)
+    return reward
+
+
+def identity(reward, name, checkpoint):
+    """What a score depends on besides prompt and picture, in words: scores of another checkpoint,
+    judge or question are others, and must not be taken from a file for these."""
+    parts = [name, str(checkpoint or reward.checkpoint or "")]
+    if checkpoint and Path(checkpoint).is_dir():  # the same folder may hold other weights today
+        files = sorted(path for path in Path(checkpoint).rglob("*") if path.is_file())
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        parts.append(f"{zlib.crc32(repr(stats).encode()):08x}")
+    if isinstance(reward, ArtifactReward):
+        parts += [reward.question, str(getattr(reward.judge, "model", "")) * reward.remote]
+    return " | ".join(filter(None, parts))
 
 
 # --- names, weights and roles -------------------------------------------------------------------

@@ -8,19 +8,18 @@ Read next: evaluate.py
 """
 
 import math
-from collections import defaultdict
+import textwrap
 from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup
 from PIL import Image, ImageDraw
 
-from evaluation import hacking, pages
+from evaluation import curves, hacking, pages
 from evaluation.hacking import names_in
-from evaluation.tables import interval
 from training.decode import open_picture
 from training.files import atomic
-from training.pictures import cut_sheet, save_png
+from training.pictures import STRIP, STRIP_GAP, STRIP_SIDE, cut_sheet, save_png
 from training.records import read_jsonl
 
 
@@ -34,18 +33,26 @@ def open_strip(file):
     return open_picture(file) or Image.new("RGB", (96, 96), "white")
 
 
+def cut_strip(strip):
+    """A strip -> its pictures."""
+    starts = range(0, strip.width, STRIP_SIDE + STRIP_GAP)
+    return [strip.crop((x, 0, x + STRIP_SIDE, strip.height)) for x in starts]
+
+
 def training_grid(run, path, rows=11):
-    """Draw the fixed prompts, a row for each test: the same prompts and noise throughout training.
+    """Draw the fixed prompts, a column each and a row for each test: the same prompts and noise
+    throughout training.
 
     Of more tests than `rows` it takes evenly spaced ones, with the first and the last."""
     files = strips_of(run)
     if len(files) > rows:
         files = [files[round(i * (len(files) - 1) / (rows - 1))] for i in range(rows)]
     strips = [open_strip(file) for file in files]
-    margin, gap = 70, 4
-    height = sum(strip.height + gap for strip in strips)
+    margin, gap, y = 70, 4, 46
+    height = y + sum(strip.height + gap for strip in strips)
     grid = Image.new("RGB", (margin + max(strip.width for strip in strips), height), "white")
-    pen, y = ImageDraw.Draw(grid), 0
+    pen = ImageDraw.Draw(grid)
+    write_prompts(pen, prompts_of(run), margin, 0)
     for file, strip in zip(files, strips):
         step = int(file.stem.split("_")[1])
         pen.text((4, y + strip.height // 2 - 6), f"step {step}", fill="black")
@@ -54,90 +61,52 @@ def training_grid(run, path, rows=11):
     save_png(grid, path)
 
 
-# --- the hacking figure ---------------------------------------------------------------------------
+# --- strips of pictures with their prompts ------------------------------------------------------
+
+
+def prompts_of(run):
+    """The prompts of the pictures in a run's strips."""
+    tests = sorted((Path(run) / "tests").glob("step_*.jsonl"))
+    return [record["prompt"] for record in read_jsonl(tests[0])[:STRIP]] if tests else []
+
+
+def add_strips(path, strips, prompts):
+    """Below the picture in this file: strips [(title, file)], with the prompts above the first."""
+    above = Image.open(path).convert("RGB")
+    opened = [(title, open_strip(file)) for title, file in strips]
+    width = max(above.width, *(strip.width for _, strip in opened))
+    head = 46
+    height = above.height + head + sum(strip.height + 22 for _, strip in opened)
+    whole = Image.new("RGB", (width, height), "white")
+    whole.paste(above, ((width - above.width) // 2, 0))
+    left, y = (width - max(strip.width for _, strip in opened)) // 2, above.height
+    write_prompts(ImageDraw.Draw(whole), prompts, left, y)
+    y += head
+    for title, strip in opened:
+        ImageDraw.Draw(whole).text((left, y + 3), title, fill="black")
+        whole.paste(strip, (left, y + 18))
+        y += strip.height + 22
+    save_png(whole, path)
+
+
+def write_prompts(pen, prompts, left, top, pitch=100):
+    """The prompts above their columns, in lines of 16 letters, four at most."""
+    for i, prompt in enumerate(prompts):
+        lines = textwrap.wrap(prompt, 16, max_lines=4, placeholder=" ...")
+        pen.multiline_text((left + i * pitch, top), "\n".join(lines), fill="black", spacing=0)
 
 
 def hacking_figure(runs, path):
-    """Draw all training rewards and held-out scores, a column each; a colour for each reward set.
-
-    Above: against the step, mean and 95 % band over seeds. Middle: against sqrt(KL), a line for
-    each seed, and best-of-n of the base policy. Below: the same prompts and noise before and
-    after."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    groups = hacking.runs_by_rewards(runs)
-    configs = [records.config for members in groups.values() for _, records in members]
-    proxies = dict.fromkeys(name for c in configs for name in names_in(c, "rewards"))
-    heldout = dict.fromkeys(name for c in configs for name in names_in(c, "eval_rewards"))
-    panels = list(proxies) + [n if n != "gold-clean" else "artifact-free" for n in heldout]
-    figure = plt.figure(figsize=(3 * len(panels), 7.5 + 0.8 * len(groups)), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[6.5, 0.8 * (1 + len(groups))])
-    axes = above.subplots(2, len(panels), squeeze=False)
-    handles = {}
-    for (by_step, by_kl), name in zip(axes.T, panels):
-        for number, (trained, members) in enumerate(groups.items()):
-            draw_steps(by_step, name, members, f"C{number}")
-            draw_distances(by_kl, name, trained, members, f"C{number}")
-        by_step.set_title(f"{name} ({'a proxy' if name in proxies else 'held out'})", size=10)
-        for axis, label in ((by_step, "step"), (by_kl, "sqrt(KL to the base policy)")):
-            axis.set_xlabel(label)
-            axis.grid(alpha=0.3)
-        drawn, labels = by_kl.get_legend_handles_labels()
-        handles |= dict(zip(labels, drawn))
-    above.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
-    draw_strips(below, runs, groups)
+    """The curves as a PNG, and below them the same prompts and noise before and after training."""
+    figure = curves.hacking_curves(runs)
     with atomic(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=90)
-    plt.close(figure)
-
-
-def draw_steps(axis, name, members, color):
-    """One measure of one reward set against the step: mean and 95 % band over seeds."""
-    by_step = defaultdict(list)
-    for _, records in members:
-        for test in records.tests:
-            if name in test:
-                by_step[test["step"]].append(test[name])
-    if by_step:
-        steps = sorted(by_step)
-        center, width = np.array([interval(by_step[step]) for step in steps]).T
-        axis.plot(steps, center, "o-", color=color, markersize=3)
-        axis.fill_between(steps, center - width, center + width, color=color, alpha=0.15)
-
-
-def draw_distances(axis, name, trained, members, color):
-    """One measure of one reward set against sqrt(KL): a line for each seed, and best-of-n."""
-    style = {"color": color, "markersize": 3}
-    label = f"GRPO on {trained}"
-    for _, records in members:
-        tests = [test for test in records.tests if name in test]
-        distances = [math.sqrt(max(0.0, test["kl"])) for test in tests]
-        if tests:
-            axis.plot(distances, [t[name] for t in tests], "o-", linewidth=1, label=label, **style)
-        label = None  # one entry in the legend for all seeds
-    pool = members[0][1].pool
-    if pool and (name in pool[0] or name == "artifact-free"):
-        largest = max(record["sample"] for record in pool) + 1
-        ns = [2**i for i in range(10) if 2**i <= largest]
-        distances = [math.sqrt(math.log(n) - (n - 1) / n) for n in ns]
-        chosen = [hacking.best_of_n(pool, n, hacking.score_of(name)) for n in ns]
-        label = f"best of n by {trained}, n to {ns[-1]}"
-        axis.plot(distances, chosen, "s--", alpha=0.6, label=label, **style)
-
-
-def draw_strips(figure, runs, groups):
-    """The fixed prompts before training, and after it by the first seed of each reward set."""
-    strips = {"before": strips_of(runs[0])[0]}
+        figure.savefig(file, format="png", dpi=100)
+    curves.pyplot().close(figure)
+    groups = hacking.runs_by_rewards(runs)
+    strips = [("before training", strips_of(runs[0])[0])]
     for trained, members in groups.items():
-        strips[f"after GRPO on {trained}"] = strips_of(members[0][0])[-1]
-    axes = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
-    for axis, (title, strip) in zip(axes, strips.items()):
-        axis.imshow(open_strip(strip))
-        axis.set_title(title, fontsize=9, loc="left", pad=2)
-        axis.axis("off")
+        strips.append((f"after GRPO on {trained}", strips_of(members[0][0])[-1]))
+    add_strips(path, strips, prompts_of(runs[0]))
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -146,28 +115,63 @@ def draw_strips(figure, runs, groups):
 def report_page(run):
     """Write hacking.png, training.png and report.html of a run; returns the page's path."""
     run, page = Path(run), Path(run) / "report.html"
-    config, _, tests, _ = hacking.read_run(run)
-    hacking_figure([run], run / "hacking.png")
+    others = hacking.companions(run)
+    config, _, tests, _ = records = hacking.read_run(run)
+    hacking_figure([run, *others], run / "hacking.png")
     training_grid(run, run / "training.png")
-    trained, step = names_in(config, "rewards"), hacking.onset(run)
-    verdict = f"Onset of hacking: step {step}."
-    if step is None:
-        verdict = "No onset of hacking: gold did not fall beyond its error while the reward rose."
-    if "gold" not in tests[0]:
-        verdict = "Gold was not measured, so no onset of hacking can be given."
+    control = [other for other in others if hacking.is_control(other)]
+    trained = names_in(config, "rewards")
     contents = {
-        "Proxy and gold": pages.picture(run / "hacking.png"),
+        "Before and after": before_and_after([run, *others]),
+        "First and last test": first_and_last(run),
+        "Proxy and truth": pages.svg(curves.hacking_curves([run, *others])),
+        "Every training step": pages.svg(curves.training_curves(records)),
         "The same prompts and noise, test by test": pages.picture(run / "training.png"),
         "Where the rewards exceed gold most, last test": worst_gaps(run, trained),
         "One step of GRPO: groups, best first": groups_of_last_step(run, config),
         "Which reward dominates the advantage": hacking.reward_drivers(run),
-        "Means over the test prompts, test by test": tests,
+        "Means over the test prompts, test by test": [
+            {name: value for name, value in test.items() if "/" not in name} for test in tests
+        ],
     }
-    intro = "<p><code>{}</code></p>\n<p>Trained on {}. The other scores are held out. {}</p>\n"
-    intro = Markup(intro).format(config["command"], ", ".join(trained), verdict)
+    intro = Markup("<p><strong>{}</strong></p>\n<p>Trained on {}; the other scores are held out. ")
+    intro += Markup("Command: <code>{}</code></p>\n")
+    verdict = hacking.verdict(run, *control[:1])
+    intro = intro.format(verdict, ", ".join(trained), config["command"])
     with atomic(page) as file:
         file.write(pages.page(run.name, intro + pages.sections(contents)))
     return page
+
+
+def before_and_after(runs):
+    """Rows: the fixed prompts, with a picture before training and one after each run."""
+    titles = {"before": strips_of(runs[0])[0]}
+    for run in runs:
+        trained = hacking.read_run(run).config["flags"]["rewards"]
+        titles[f"after {trained}"] = strips_of(run)[-1]
+    cut = {title: cut_strip(open_strip(file)) for title, file in titles.items()}
+    prompts = prompts_of(runs[0])
+    heads = Markup().join(Markup("<th>{}</th>").format(prompt) for prompt in prompts)
+    rows = Markup('<tr><th scope="col"></th>{}</tr>').format(heads)
+    for title, strip in cut.items():
+        cells = [
+            Markup("<td>{}</td>").format(pages.picture(image, f"{prompt}, {title}"))
+            for prompt, image in zip(prompts, strip)
+        ]
+        rows += Markup('<tr><th scope="row">{}</th>{}</tr>').format(title, Markup().join(cells))
+    return Markup('<div class="wide"><table class="strips">{}</table></div>').format(rows)
+
+
+def first_and_last(run):
+    """Rows: each measure at the first and at the last test, and the change with its error."""
+    tests = hacking.read_run(run).tests
+    names = [name for name in tests[0] if name != "step" and "/" not in name]
+    rows = []
+    for name in names:
+        gain, error = hacking.change(run, name)
+        row = {"measure": name, "before": tests[0][name], "after": tests[-1][name]}
+        rows.append(row | {"change": f"{gain:+.3f}", "standard error": f"{error:.3f}"})
+    return rows
 
 
 def worst_gaps(run, trained, n=24):
@@ -200,11 +204,14 @@ def groups_of_last_step(run, config, n=6):
     if not sheets:
         return Markup("<p>none</p>")
     records, G = read_jsonl(sheets[-1].with_suffix(".jsonl")), config["flags"]["num_generations"]
-    pictures = map(pages.picture, cut_sheet(sheets[-1], len(records))[: n * G])
-    records = [record | {"picture": picture} for record, picture in zip(records, pictures)]
-    cell = Markup(
-        "<td>{picture}<br>reward {total:.2f}<br>A {advantage:+.2f}<br><small>{thought}</small></td>"
-    )
+    cut = cut_sheet(sheets[-1], len(records))
+    records, cut = records[: n * G], cut[: n * G]
+    pictures = [pages.picture(image, r["prompt"]) for image, r in zip(cut, records)]
+    names, line = [*names_in(config, "rewards"), "total"], Markup("{} {:.2f}<br>")
+    for record, picture in zip(records, pictures):
+        record["picture"] = picture
+        record["scores"] = Markup().join(line.format(name, record[name]) for name in names)
+    cell = Markup("<td>{picture}<br>{scores}A {advantage:+.2f}<br><small>{thought}</small></td>")
     row = Markup('<p>{}</p><div class="wide"><table><tr>{}</tr></table></div>\n')
     groups = Markup()
     for start in range(0, len(records), G):

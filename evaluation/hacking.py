@@ -12,13 +12,14 @@ to the last test, gold falls by more than two standard errors and the first trai
 The standard error is of the differences picture by picture, because all tests use the same prompts
 and the same noise.
 
-Read next: figures.py, which draws these numbers
+Read next: curves.py
 """
 
 import json
 import math
 import re
 import statistics
+import sys
 from collections import defaultdict
 from operator import itemgetter
 from pathlib import Path
@@ -28,7 +29,15 @@ import numpy as np
 
 from evaluation.tables import interval
 from training.files import usage_error
-from training.records import artifact_free, mean, read_jsonl
+from training.records import artifact_free, mean, read_jsonl, standard_error
+from training.run_folder import MAY_DIFFER
+
+# Flags in which two seeds of one experiment may differ: where they ran, not what they computed.
+PLACE = MAY_DIFFER - {"max_steps"} | {"seed"}
+# Flags in which two runs may differ and still be the same experiment on other rewards.
+REWARD_FLAGS = set(
+    "rewards eval_rewards combine question run_name output_dir resume best_of".split()
+)
 
 
 class RunRecords(NamedTuple):
@@ -54,12 +63,35 @@ def read_run(run):
 
 
 def runs_by_rewards(runs):
-    """Run folders -> dict: training rewards -> [(folder, RunRecords)], its seeds."""
-    groups = defaultdict(list)
-    for run in runs:
+    """Run folders -> dict: training rewards -> [(folder, RunRecords)], its seeds.
+
+    Runs are seeds of one experiment if all flags agree but the seed and those that say where a run
+    goes. Two experiments on the same rewards are told apart by the flags in which they differ. Of
+    two runs of one seed the newer one counts."""
+    experiments = defaultdict(dict)
+    for run in sorted(map(Path, runs), key=lambda run: age(run)):
         records = read_run(run)
-        groups[records.config["flags"]["rewards"]].append((Path(run), records))
-    return groups
+        flags = {k: v for k, v in records.config["flags"].items() if k not in PLACE}
+        seed, known = records.config["flags"].get("seed"), experiments[json.dumps(flags)]
+        if seed in known:
+            print(f"{known[seed][0]} and {run} are one seed; the newer counts", file=sys.stderr)
+        known[seed] = run, records
+    all_flags = {key: json.loads(key) for key in experiments}
+    groups = {}
+    for key, flags in all_flags.items():
+        others = [f for f in all_flags.values() if f["rewards"] == flags["rewards"]]
+        differs = [k for k in flags if any(other.get(k) != flags[k] for other in others)]
+        details = ", ".join(f"{name} {flags[name]}" for name in differs)
+        title = flags["rewards"] + (f" ({details})" if details else "")
+        groups[title] = [experiments[key][seed] for seed in sorted(experiments[key], key=str)]
+    order = {Path(run): i for i, run in enumerate(runs)}
+    return dict(sorted(groups.items(), key=lambda item: order[item[1][0][0]]))
+
+
+def age(run):
+    """When its last test was written."""
+    file = Path(run) / "test.jsonl"
+    return file.stat().st_mtime if file.is_file() else 0
 
 
 def names_in(config, flag):
@@ -110,23 +142,80 @@ def within_prompt_std(pool, name):
 
 def paired(before, after, name):
     """Mean and standard error of after - before, over records with the same id and sample."""
-    known = {(r["id"], r["sample"]): r[name] for r in before}
-    gains = [r[name] - known.get((r["id"], r["sample"]), math.nan) for r in after]
-    gains = [gain for gain in gains if math.isfinite(gain)]
-    error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
-    return mean(gains), error
+    value = score_of(name)
+    known = {(r["id"], r["sample"]): value(r) for r in before}
+    gains = [value(r) - known.get((r["id"], r["sample"]), math.nan) for r in after]
+    return mean(gains), standard_error(gains, [r["id"] for r in after])
+
+
+def change(run, name):
+    """Mean and standard error of last test minus first test, picture by picture."""
+    files = sorted((Path(run) / "tests").glob("step_*.jsonl"))
+    return paired(read_jsonl(files[0]), read_jsonl(files[-1]), name)
+
+
+def after_the_peak(run):
+    """What happens from the test with the highest gold to the last one: (its step, change of gold,
+    standard error of this change, change of the first training reward)."""
+    config, _, tests, _ = read_run(run)
+    proxy = names_in(config, "rewards")[0]
+    peak, last = max(tests, key=itemgetter("gold")), tests[-1]
+    files = [Path(run) / "tests" / f"step_{test['step']:06d}.jsonl" for test in (peak, last)]
+    return peak["step"], *paired(*map(read_jsonl, files), "gold"), last[proxy] - peak[proxy]
 
 
 def onset(run):
     """The step of the onset of hacking, by the rule in this file's header, or None."""
-    config, _, tests, _ = read_run(run)
-    if "gold" not in tests[0]:
+    if "gold" not in read_run(run).tests[0]:
         return None
-    proxy = names_in(config, "rewards")[0]
-    peak, last = max(tests, key=itemgetter("gold")), tests[-1]
-    files = [Path(run) / "tests" / f"step_{test['step']:06d}.jsonl" for test in (peak, last)]
-    change, error = paired(*map(read_jsonl, files), "gold")
-    return peak["step"] if change < -2 * error and last[proxy] > peak[proxy] else None
+    step, gold, error, proxy = after_the_peak(run)
+    return step if gold < -2 * error and proxy > 0 else None
+
+
+def verdict(run, control=None):
+    """What became of a run, in words. control: the run on `noise` beside it, if there is one."""
+    config, _, tests, _ = read_run(run)
+    proxy, last = names_in(config, "rewards")[0], tests[-1]["step"]
+
+    def moved(where, name):
+        gain, error = change(where, name)
+        return f"{'rose' if gain > 0 else 'fell'} by {abs(gain):.3f} ± {error:.3f}"
+
+    text = f"In {last} steps {proxy} {moved(run, proxy)}"
+    if "gold" not in tests[0]:
+        return f"{text}. Gold was not measured, so no onset of hacking can be given."
+    text += f", and gold, the truth, {moved(run, 'gold')} (± one standard error). "
+    if control:
+        text += f"Under the control, which learns from noise, gold {moved(control, 'gold')}. "
+    step, gold, error, gained = after_the_peak(run)
+    if onset(run) is not None:
+        fall = f"from there on gold fell by {-gold:.3f} ± {error:.3f} while {proxy} rose"
+        return f"{text}Onset of hacking: step {step}; {fall}."
+    text += "No onset of hacking: "
+    if step == last:
+        return f"{text}gold is highest at the last test."
+    if gold >= -2 * error:
+        fall = f"gold fell by {-gold:.3f} from its highest test, step {step}"
+        return f"{text}{fall}, by less than the rule's two standard errors ({2 * error:.3f})."
+    return f"{text}after the highest gold, at step {step}, gold fell, but {proxy} did not rise."
+
+
+def is_control(run):
+    return read_run(run).config["flags"]["rewards"] == "noise"
+
+
+def companions(run):
+    """The finished runs beside this one that differ in the rewards only, the newest for each set of
+    rewards: the control, the hack, the cure."""
+    own, found = read_run(run).config["flags"], {}
+    folders = [file.parent for file in Path(run).resolve().parent.glob("*/test.jsonl")]
+    for folder in sorted(folders, key=age):
+        config, _, tests, _ = read_run(folder)
+        flags = config["flags"]
+        same = all(flags.get(k) == v for k, v in own.items() if k not in REWARD_FLAGS)
+        if same and flags["rewards"] != own["rewards"] and tests[-1]["step"] == flags["max_steps"]:
+            found[flags["rewards"]] = folder
+    return list(found.values())
 
 
 def reward_drivers(run, steps=10):
@@ -179,7 +268,7 @@ def seeds_table(runs):
         pools = [records.pool for _, records in members]
         first, last = ([records.tests[i] for _, records in members] for i in (0, -1))
         block = []
-        for name in [name for name in first[0] if name != "step" and "image/" not in name]:
+        for name in [name for name in first[0] if name != "step" and "/" not in name]:
             scale = None
             if all(pool and name in pool[0] for pool in pools) and "gold" not in name:
                 scale = mean(within_prompt_std(pool, name) for pool in pools)

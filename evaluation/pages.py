@@ -42,8 +42,12 @@ def table(rows):
     """Dicts with the same keys -> a table; a click on a column's head sorts it.
 
     Values: text, numbers, PIL images, Markup."""
-    shown = lambda value: picture(value) if isinstance(value, Image.Image) else value
-    return macros().table([{name: shown(v) for name, v in row.items()} for row in rows])
+
+    def shown(row, name):
+        is_picture = isinstance(row[name], Image.Image)
+        return picture(row[name], f"{row.get('prompt', '')} {name}") if is_picture else row[name]
+
+    return macros().table([{name: shown(row, name) for name in row} for row in rows])
 
 
 def sections(contents):
@@ -55,16 +59,30 @@ def sections(contents):
     return html
 
 
-def picture(source):
-    """A PIL image, or the path of a PNG, as an <img> with a data URL."""
+def picture(source, alt=""):
+    """A PIL image, or the path of a PNG, as an <img> with a data URL. alt: what it shows [the
+    file's name]."""
     if isinstance(source, Image.Image):
-        buffer, name = io.BytesIO(), ""
+        buffer = io.BytesIO()
         source.save(buffer, "PNG")
         data = buffer.getvalue()
     else:
-        data, name = Path(source).read_bytes(), Path(source).name
+        data, alt = Path(source).read_bytes(), alt or Path(source).name
     image = Markup('<img src="data:image/png;base64,{}" alt="{}">')
-    return image.format(base64_text(data), name)
+    return image.format(base64_text(data), alt.strip())
+
+
+def svg(figure):
+    """A matplotlib figure as a drawing inside the page, without background, in the page's colour of
+    text; on a narrow screen it scrolls."""
+    import matplotlib.pyplot as plt
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    drawing = buffer.getvalue()
+    drawing = drawing[drawing.index("<svg") :].replace("#767676", "currentColor")
+    return Markup('<div class="wide figure">{}</div>').format(Markup(drawing))
 
 
 def word_diff(before, after):

@@ -1,9 +1,11 @@
-"""Rewards without a model: the size of the JPEG, and four statistics that hacked pictures change.
+"""Rewards without a model: the size of the JPEG, pure noise, and four statistics of pictures.
 
-A policy hacks the JPEG size within minutes. The four statistics are only logged, never trained on:
-hacked pictures often get brighter, more saturated, busier or emptier.   Read next: maniqa.py
+A policy hacks the JPEG size within minutes. Noise is the control of every experiment. The four
+statistics are only logged, never trained on: hacked pictures often get brighter, more saturated,
+busier or emptier.   Read next: maniqa.py
 """
 
+import hashlib
 import io
 import math
 
@@ -33,6 +35,20 @@ class Jpeg:
         buffer = io.BytesIO()
         to_rgb(image).save(buffer, "JPEG", quality=95)
         return len(buffer.getvalue()) / 1000
+
+
+class Noise(Jpeg):
+    """A hash of the pixels as a number in [0, 1): the control. There is nothing to learn from it.
+
+    What training on it changes is drift: the noise of the gradient moves the policy. Only what
+    another reward changes beyond that is the work of this reward. The same picture always has the
+    same score, on every process and after a resume."""
+
+    range, reference = (0.0, 1.0), "control"
+
+    def __call__(self, prompts, images, metadata=None):
+        digests = [hashlib.sha256(to_rgb(image).tobytes()).digest() for image in images]
+        return torch.tensor([int.from_bytes(digest[:3], "big") / 2**24 for digest in digests])
 
 
 class Statistic:

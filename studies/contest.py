@@ -1,4 +1,4 @@
-"""Which cure works? Each one that the literature proposes, on the same budget of pictures.
+"""Which cure works? Those that the literature proposes, on the same budget of pictures.
 
 HPS alone is hacked. Papers propose different cures: penalise the distance from the base policy, add
 a second preference model, normalise, select, constrain, add a judge, let the reward learn, imitate
@@ -26,6 +26,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -41,12 +42,23 @@ from evaluation import hacking
 from evaluation.tables import interval, markdown
 from training.files import ROOT, atomic
 from training.records import mean, read_jsonl
+from training.run_folder import checkpoints
 
 BUDGET = "--max-steps 50 --eval-steps 10 --save-steps 25 --save-total-limit 1 --best-of 0"
 # Measured in every run: held out, unless the run trains on it.
 MEASURED = ("hps", "artifact", "gold", "gold-clean", "gold-aligned")
-# name -> {"from": where the idea is from, "flags": of grpo.py}
+# name -> {"from": where the idea is from, "family": of its colour, "flags": of grpo.py}
 CURES = json.loads((ROOT / "studies/cures.json").read_text())
+FAMILIES = {  # colours of at least 3:1 on white, told apart by colour-blind readers
+    "none": "#000000",
+    "control": "#767676",
+    "stop early": "#767676",
+    "KL": "#8C5A9E",
+    "ensemble": "#B36B00",
+    "judge": "#0072B2",
+    "adversarial": "#00805F",
+    "imitation": "#C0392B",
+}
 STOPPED = "early stopping"  # computed from the runs of "no cure", without training
 
 
@@ -76,21 +88,38 @@ def command(cfg, cure, seed):
     return [*flags, "--run-name", result_file(cfg, cure, seed).stem, "--resume", "latest"]
 
 
-def train(cfg, cure, seed):
-    """Run grpo.py on one core and write down its numbers. Returns an error message or None."""
-    flags, result = command(cfg, cure, seed), result_file(cfg, cure, seed)
-    run = Path(cfg.output_dir) / result.stem
+def train(flags, result, facts):
+    """Run grpo.py with these flags on one core; write its numbers, and these facts, into the file
+    `result`. Returns an error message or None."""
+    run = Path(flags[flags.index("--output-dir") + 1]) / result.stem
     run.parent.mkdir(parents=True, exist_ok=True)
+    if not checkpoints(run):  # nothing to resume from
+        shutil.rmtree(run, ignore_errors=True)
     script, one_core = str(ROOT / "grpo.py"), os.environ | {"OMP_NUM_THREADS": "1"}
     with open(run.with_suffix(".log"), "w") as log:
         done = subprocess.run(
             [sys.executable, script, *flags], stdout=log, stderr=log, env=one_core
         )
     if done.returncode:
-        return f"{cure}, seed {seed}: ended with {done.returncode}, see {run.with_suffix('.log')}"
-    numbers = {"cure": cure, "seed": seed, "command": shlex.join(["torchrun", "grpo.py", *flags])}
+        return f"{result.stem}: ended with {done.returncode}, see {run.with_suffix('.log')}"
+    numbers = facts | {"command": shlex.join(["torchrun", "grpo.py", *flags])}
     with atomic(result) as file:
         json.dump(numbers | measure(run), file, indent=1)
+
+
+def train_missing(jobs, workers):
+    """jobs: [(flags, result, facts)] of `train`. Trains those without a result, `workers` at a
+    time; returns error messages."""
+    todo, errors = [job for job in jobs if not job[1].is_file()], []
+    with ThreadPoolExecutor(workers) as pool:
+        pending = [pool.submit(train, *job) for job in todo]
+        try:
+            for done in tqdm(as_completed(pending), total=len(todo), desc="runs", disable=not todo):
+                errors += filter(None, [done.result()])
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return errors
 
 
 def measure(run):
@@ -98,8 +127,10 @@ def measure(run):
     _, steps, tests, _ = hacking.read_run(run)
     seconds = [line[name] for line in steps for name in line if name.startswith("seconds/")]
     names = ("step", "kl", "artifact-free", *MEASURED)
+    first = read_jsonl(Path(run) / "tests" / "step_000000.jsonl")
     return {
         "tests": [{name: test[name] for name in names} for test in tests],
+        "deviation": hacking.within_prompt_std(first, "hps"),
         "seconds": sum(seconds),
         "stop": stopping_time(run, tests),
         # Of the training steps' groups: a test draws too few pictures of each prompt.
@@ -180,19 +211,29 @@ def contest_table(results):
 
 
 def draw_cures(axis, results, name):
-    """Proxy gain against the gain of `name`: a marker for each cure, thin lines to its seeds."""
-    for number, (cure, runs) in enumerate(results.items(), 1):
+    """Proxy gain against the gain of `name`: a marker for each cure, thin lines to its seeds, names
+    at the right."""
+    points = []
+    for cure, runs in results.items():
         (x, _), (y, _) = (changes(runs)[measure] for measure in ("hps", name))
-        color, label = f"C{number % 10}", f"{number}  {cure}"
+        color = FAMILIES[CURES[cure]["family"] if cure != STOPPED else "stop early"]
         for run in runs:
             ends = [x, gain(run, "hps")], [y, gain(run, name)]
             axis.plot(*ends, color=color, linewidth=0.8, alpha=0.5)
-        axis.plot(x, y, "os^Dv"[number // 10], color=color, markersize=8, label=label)
-        place = {"xytext": (5, 4), "textcoords": "offset points"}
-        axis.annotate(str(number), (x, y), fontsize=8, **place)
+        axis.plot(x, y, "o", color=color, markersize=8, markeredgecolor="white")
+        points.append((y, x, cure, color))
     axis.axhline(0, color="black", linewidth=0.6)
     axis.axvline(0, color="black", linewidth=0.6)
     axis.grid(alpha=0.3)
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    axis.fill_between([0, right], bottom, 0, color="#D55E00", alpha=0.08, linewidth=0)
+    axis.text(right, bottom, "proxy up, truth down ", ha="right", va="bottom", color="#A04000")
+    axis.set(xlim=(left, right), ylim=(bottom, top))
+    place = {"textcoords": "axes fraction", "va": "center", "fontsize": 9}
+    for i, (y, x, cure, color) in enumerate(sorted(points)):
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.7}
+        at = (1.03, (i + 0.5) / len(points))  # ordered as the markers are, evenly spaced
+        axis.annotate(cure, (x, y), xytext=at, color=color, arrowprops=line, **place)
 
 
 def contest_figure(results, path):
@@ -202,12 +243,11 @@ def contest_figure(results, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(14, 6.5), layout="constrained")
+    figure, axes = plt.subplots(2, 1, figsize=(9, 12), layout="constrained")
     titles = {"artifact-free": "the share of artifact-free pictures", "gold": "gold"}
     for axis, (name, title) in zip(axes, titles.items()):
         draw_cures(axis, results, name)
         axis.set(xlabel="change of hps (the proxy)", ylabel=f"change of {title} (the truth)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     with atomic(path, "wb") as file:
         figure.savefig(file, format="png", dpi=80)
     plt.close(figure)
@@ -215,17 +255,12 @@ def contest_figure(results, path):
 
 def main(cfg):
     # Seeds in the outer loop: a stopped contest has about as many runs of each cure.
-    runs = [(cure, seed) for seed in range(1, cfg.seeds + 1) for cure in CURES]
-    todo = [run for run in runs if not result_file(cfg, *run).is_file()]
-    errors = []
-    with ThreadPoolExecutor(cfg.workers) as pool:
-        pending = [pool.submit(train, cfg, *run) for run in todo]
-        try:
-            for done in tqdm(as_completed(pending), total=len(todo), desc="runs", disable=not todo):
-                errors += filter(None, [done.result()])
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            raise
+    jobs = [
+        (command(cfg, cure, seed), result_file(cfg, cure, seed), {"cure": cure, "seed": seed})
+        for seed in range(1, cfg.seeds + 1)
+        for cure in CURES
+    ]
+    errors = train_missing(jobs, cfg.workers)
     results = read_results(cfg)
     contest_figure(results, cfg.figure)
     print(markdown(contest_table(results)))

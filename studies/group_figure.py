@@ -1,6 +1,7 @@
 """GRPO in one picture: the same group, drawn from the same noise, before and after training.
 
-Each row is a policy. Its pictures of one prompt are ranked, with rewards and advantages below.
+Each row is a policy. Its pictures of one prompt are ranked, with reward and advantage below. The
+frame says what gold says: orange is broken.
 
 Run:   python -m studies.group_figure runs/tiny_hps_seed1 "runs/tiny_hps+artifact_seed1"
 
@@ -23,6 +24,7 @@ import grpo
 import rewards as reward_lib
 from training.files import atomic, usage_error
 from training.policy import load_policy
+from training.records import ARTIFACT_FREE, mean
 from training.run_folder import checkpoints
 
 
@@ -60,21 +62,27 @@ def group_figure(groups, cfg):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size = (1.45 * cfg.pictures, 2.45 * len(groups))
+    size = (1.3 * cfg.pictures, 2.15 * len(groups) + 0.4)
     figure, axes = plt.subplots(len(groups), cfg.pictures, figsize=size, squeeze=False)
-    title = f'"{cfg.prompt}", the same noise; a row is a group, the best first'
-    figure.suptitle(title, fontsize=11)
+    title = f'"{cfg.prompt}": each row is a group from the same noise, the best first'
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
     for row, (title, group) in zip(axes, groups):
-        row[0].set_title(title, fontsize=10, loc="left")
-        for axis, (picture, scores, advantage) in zip(row, group):
+        scores = [scores for _, scores, _ in group]
+        whole = sum(score["gold-clean"] >= ARTIFACT_FREE for score in scores)
+        means = [f"{name} {mean(s[name] for s in scores):.2f}" for name in ("hps", "artifact")]
+        text = f"{title}:  {whole} of {len(group)} whole,  {',  '.join(means)}"
+        row[0].set_title(text, fontsize=11, loc="left")
+        for axis, (picture, score, advantage) in zip(row, group):
             axis.imshow(picture.resize((128, 128), Image.NEAREST))
-            named = {name.replace("gold-clean", "whole"): value for name, value in scores.items()}
-            lines = [f"{name} {value:.2f}" for name, value in named.items()]
-            axis.set_xlabel("\n".join([*lines, f"A {advantage:+.2f}"]), fontsize=8)
+            axis.set_xlabel(f"hps {score['hps']:.2f}\nA {advantage:+.1f}", fontsize=9)
             axis.set(xticks=[], yticks=[])
+            # The frame is the truth: blue and thin around a whole picture, orange around a broken.
+            is_whole = score["gold-clean"] >= ARTIFACT_FREE
+            for side in axis.spines.values():
+                side.set(color="#0072B2" if is_whole else "#D55E00", linewidth=1 if is_whole else 4)
     figure.tight_layout()
     with atomic(cfg.figure, "wb") as file:
-        figure.savefig(file, format="png", dpi=80)
+        figure.savefig(file, format="png", dpi=90)
     plt.close(figure)
 
 

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -34,6 +36,8 @@ def prompts(tmp_path):
 class Counting:
     """A reward that counts what it is asked: the red channel."""
 
+    identity = "red"
+
     def __init__(self):
         self.asked = 0
 
@@ -62,6 +66,45 @@ def test_a_folder_is_scored_once(generated, prompts, counting, capsys, tmp_path)
     with pytest.raises(SystemExit):
         run("--images", generated, "--prompts", prompts, "--rewards", "hps")
     assert counting.asked == 13 and len(read_jsonl(tmp_path / "out-scores-tiny.jsonl")) == 12
+
+
+@pytest.mark.parametrize("change", ["checkpoint", "other reward"])
+def test_scores_of_another_checkpoint_are_not_taken_for_these(
+    change, generated, prompts, counting, capsys
+):
+    def score(name="hps"):
+        with pytest.raises(SystemExit):
+            run("--images", generated, "--prompts", prompts, "--rewards", name)
+        return counting.asked
+
+    assert score() == 12
+    if change == "checkpoint":
+        counting.identity = "redder"
+        assert score() == 24
+    else:
+        assert score("pickscore") == 24 and score("hps") == 24  # both are kept
+
+
+def test_a_corrected_prompt_is_scored_again(tmp_path):
+    picture().save(tmp_path / "p.png")
+    reward, known = Counting(), []
+    for prompt, asked in (("a red star", 1), ("a red star", 1), ("a red circle", 2)):
+        row = {"id": "0", "prompt": prompt, "tag": ""}
+        matched = [(row, 0, tmp_path / "p.png")]
+        known = evaluate.score_images(matched, {"hps": reward}, known, lambda _: None)
+        assert reward.asked == asked and known[0]["prompt"] == prompt
+
+
+def test_a_reward_is_known_by_its_checkpoint_and_its_question(tmp_path, hps):
+    tiny = rewards.load("hps", checkpoint="tiny").identity
+    assert tiny == rewards.load("hps", checkpoint="tiny").identity and "checkpoints/hps" in tiny
+    questions = ("Is it broken?", "Is it whole?")
+    judges = {rewards.load("artifact", checkpoint="tiny", question=q).identity for q in questions}
+    assert len(judges) == 2
+    shutil.copytree(ROOT / "tiny_world/checkpoints/hps", tmp_path / "hps")
+    before = rewards.load("hps", checkpoint=tmp_path / "hps").identity
+    os.utime(tmp_path / "hps/HPS_v2.1_compressed.pt", (1, 1))  # other weights in the same place
+    assert rewards.load("hps", checkpoint=tmp_path / "hps").identity != before
 
 
 def test_the_standard_error_counts_prompts_not_pictures():

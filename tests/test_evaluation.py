@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +15,7 @@ from PIL import Image
 from evaluation import figures, hacking, official_scores, pages, wise
 from evaluation.tables import bootstrap, markdown
 from training import pictures
-from training.records import json_line, write_jsonl
+from training.records import json_line, standard_error, write_jsonl
 
 
 def picture(color=(200, 10, 10), side=8):
@@ -207,9 +208,18 @@ def test_paired_differences_by_hand():
 
 
 def test_pictures_are_paired_by_prompt_and_sample():
-    before = [{"id": "x", "sample": k, "gold": g} for k, g in enumerate((0.0, 0.5))]
-    after = [{"id": "x", "sample": k, "gold": g} for k, g in ((1, 0.75), (0, 0.25), (2, 9.0))]
+    keys = [("x", 0), ("x", 1), ("y", 0)]
+    before = [{"id": i, "sample": k, "gold": g} for (i, k), g in zip(keys, (0.0, 0.5, 0.25))]
+    after = [{"id": i, "sample": k, "gold": g} for (i, k), g in zip(keys, (0.25, 0.75, 0.5))]
+    after = [after[1], {"id": "x", "sample": 2, "gold": 9.0}, after[2], after[0]]
     assert hacking.paired(before, after, "gold") == (0.25, 0.0)
+
+
+def test_the_standard_error_is_that_of_independent_prompts():
+    """Prompt means 0 and 1: deviation sqrt(1/2), error 1/2, however many pictures each has."""
+    values, prompts = [-0.5, 0.5, 1.0, 1.0, math.nan], ["x", "x", "y", "y", "y"]
+    assert standard_error(values, prompts) == pytest.approx(0.5)
+    assert math.isnan(standard_error([1.0, 2.0], ["x", "x"]))
 
 
 def test_paired_differences_take_the_prompts_difficulty_out():
@@ -232,7 +242,7 @@ def make_run(folder, gold, proxy, **flags):
     for step, (golds, hps) in enumerate(zip(gold, proxy)):
         mean = float(np.mean(golds))
         tests.append({"step": step, "hps": hps, "gold": mean, "kl": float(step)})
-        rows = [row | {"hps": hps, "prompt": "p"} for row in records(golds)]
+        rows = [row | {"hps": hps, "kl": 0.0, "prompt": "p"} for row in records(golds)]
         write_jsonl(folder / f"tests/step_{step:06d}.jsonl", rows)
     write_jsonl(folder / "test.jsonl", tests)
     return folder
@@ -260,6 +270,64 @@ def test_the_onset_needs_more_than_two_standard_errors(extra, expected, tmp_path
     after = [1 - 3 / 8 - extra] * 3 + [1 + 1 / 8 - extra]
     run = make_run(tmp_path / "run", [[1.0] * 4, after], [0.1, 0.2])
     assert hacking.onset(run) == expected
+
+
+@pytest.mark.parametrize(
+    "gold, proxy, says",
+    [
+        ([0.3, 0.4, 0.2], [0.1, 0.2, 0.4], "Onset of hacking: step 1; from there on gold fell by"),
+        ([0.3, 0.4, 0.5], [0.1, 0.2, 0.3], "gold is highest at the last test"),
+        ([0.3, 0.4, 0.2], [0.1, 0.2, 0.15], "at step 1, gold fell, but hps did not rise"),
+        ([0.3, 0.4, 0.399], [0.1, 0.2, 0.4], "step 1, by less than the rule's two standard errors"),
+    ],
+)
+def test_the_verdict_says_what_the_rule_says(gold, proxy, says, tmp_path):
+    rng = np.random.default_rng(0)
+    golds = [mean + rng.normal(0, 0.05, 100) for mean in gold]
+    text = hacking.verdict(make_run(tmp_path / "run", golds, proxy))
+    assert text.startswith("In 2 steps hps rose by") and says in text
+
+
+def test_the_verdict_names_the_drift_of_the_control(tmp_path):
+    run = make_run(tmp_path / "run", [[0.5] * 4, [0.25] * 4], [0.1, 0.2])
+    control = make_run(tmp_path / "noise", [[0.5] * 4, [0.375] * 4], [0.1, 0.1], rewards="noise")
+    text = hacking.verdict(run, control)
+    assert "gold, the truth, fell by 0.250 ± 0.000" in text
+    assert "Under the control, which learns from noise, gold fell by 0.125 ± 0.000." in text
+
+
+def test_the_companions_of_a_run_differ_in_the_rewards_only(tmp_path):
+    def run(name, **flags):
+        return make_run(tmp_path / name, [[0.5], [0.5]], [0.1, 0.1], **flags)
+
+    own = run("own", seed=1, max_steps=1)
+    cure = run("cure", seed=1, max_steps=1, rewards="hps,artifact", eval_rewards="gold")
+    run("again", seed=1, max_steps=1)  # the same rewards
+    run("other seed", seed=2, max_steps=1, rewards="noise")
+    run("unfinished", seed=1, max_steps=9, rewards="noise")
+    assert hacking.companions(own) == [cure]
+    control = run("control", seed=1, max_steps=1, rewards="noise")
+    assert hacking.companions(own) == [cure, control]
+    assert hacking.is_control(control) and not hacking.is_control(cure)
+
+
+def test_runs_with_other_flags_are_another_experiment_and_a_copy_is_no_seed(tmp_path, capsys):
+    def run(name, **flags):
+        return make_run(tmp_path / name, [[0.5]], [0.1], **flags)
+
+    runs = [run(f"a{seed}", seed=seed, beta=0.1) for seed in (2, 1)]
+    runs += [run("b", seed=1, beta=0.2), run("c", seed=1, beta=0.1, rewards="noise")]
+    groups = hacking.runs_by_rewards(runs)
+    assert {title: [folder.name for folder, _ in members] for title, members in groups.items()} == {
+        "hps (beta 0.1)": ["a1", "a2"],
+        "hps (beta 0.2)": ["b"],
+        "noise": ["c"],
+    }
+    copied = run("copy", seed=2, beta=0.1, output_dir="elsewhere")
+    os.utime(copied / "test.jsonl", (4e9, 4e9))
+    groups = hacking.runs_by_rewards([*runs, copied])
+    assert [folder.name for folder, _ in groups["hps (beta 0.1)"]] == ["a1", "copy"]
+    assert "one seed; the newer counts" in capsys.readouterr().err
 
 
 def test_there_is_no_onset_without_gold(tmp_path):
@@ -298,7 +366,7 @@ def test_the_table_over_seeds_by_hand(tmp_path):
     """hps gains .1 and .3: mean .2, deviation .1 sqrt 2, error .1; t = 12.71 for two seeds."""
     pool = [{"id": "x", "sample": k, "hps": s, "total": s} for k, s in enumerate((0.0, 0.4))]
     for seed, gain in (("a", 0.1), ("b", 0.3)):
-        run = make_run(tmp_path / seed, [[0.5], [0.6]], [0.0, gain])
+        run = make_run(tmp_path / seed, [[0.5], [0.6]], [0.0, gain], seed=seed)
         write_jsonl(run / "best_of_n.jsonl", pool)  # deviation .2828, best of 2: .4 against .2
     rows = hacking.seeds_table([tmp_path / "a", tmp_path / "b"])
     table = {row["measured"]: row for row in rows}
@@ -333,8 +401,8 @@ def test_the_training_grid_keeps_the_first_and_the_last_test(tmp_path):
         pictures.save_strip([picture((50 * step, 0, 0))], tmp_path / f"samples/step_{step:06d}.png")
     figures.training_grid(tmp_path, tmp_path / "grid.png", rows=3)
     grid = Image.open(tmp_path / "grid.png")
-    assert grid.size == (70 + 100, 3 * 100)
-    assert [grid.getpixel((118, y))[0] for y in (48, 148, 248)] == [0, 100, 200]
+    assert grid.size == (70 + 100, 46 + 3 * 100)  # the prompts stand above
+    assert [grid.getpixel((118, 46 + y))[0] for y in (48, 148, 248)] == [0, 100, 200]
 
 
 def test_the_largest_gap_between_reward_and_gold_comes_first(tmp_path):
@@ -355,8 +423,11 @@ def test_a_run_gets_its_figures_and_its_page(tmp_path):
     for step in (0, 1):
         pictures.save_strip([picture()] * 3, run / f"samples/step_{step:06d}.png")
     text = figures.report_page(run).read_text()
-    assert "Onset of hacking: step 0." in text and "grpo.py &lt;b&gt;" in text and "<b>" not in text
-    assert text.count("data:image/png") == 2 + 4  # two figures and the pictures of two groups
+    assert "gold, the truth, fell by 0.400 ± 0.000" in text
+    assert "Onset of hacking: step 0; from there on gold fell by 0.400" in text
+    assert "grpo.py &lt;b&gt;" in text and "<b>" not in text
+    assert text.count("data:image/png") == 6 + 1 + 4  # before and after, the grid, two groups
+    assert text.count("<svg") == 2 and 'alt=""' not in text
     assert text.index("A +0.35") < text.index("A -0.35")  # the best of a group comes first
     assert (run / "hacking.png").stat().st_size > 10_000
 
@@ -394,7 +465,8 @@ def test_a_picture_in_a_table_is_a_part_of_the_page(tmp_path):
     picture((1, 2, 3)).save(tmp_path / "a&b.png")
     from_file, from_memory = pages.picture(tmp_path / "a&b.png"), pages.picture(picture((1, 2, 3)))
     assert from_file.replace("a&amp;b.png", "") == from_memory
-    assert from_memory in pages.table([{"picture": picture((1, 2, 3))}])
+    table = pages.table([{"before": picture((1, 2, 3)), "prompt": "a <star>"}])
+    assert str(from_memory).replace('alt=""', 'alt="a &lt;star&gt; before"') in table
 
 
 def test_a_word_diff_shows_what_was_deleted_and_what_was_inserted():

@@ -193,6 +193,18 @@ def test_two_processes_learn_what_one_does_and_one_resumes_where_two_stopped(
         assert resumed[1][name] == pytest.approx(metrics_of(whole_run)[1][name], abs=1e-3)
 
 
+@pytest.mark.parametrize("processes", [2, 4], ids=["uneven", "more than prompts"])
+def test_any_number_of_processes_learns_what_one_does(processes, tmp_path):
+    """Three prompts: one process has two of them; of four processes, one has none and ends."""
+    args = [*SMALL, "--rewards", "hps", "--prompts-per-step", "3", "--max-steps", "1"]
+    args += ["--best-of", "0", "--advantage", "global", "--output-dir", str(tmp_path)]
+    finish(start([*args, "--run-name", "one"]))
+    out, _ = finish(start([*args, "--run-name", "many"], processes=processes))
+    assert ("3 of 4 processes have a prompt" in out) == (processes == 4)
+    one, many = metrics_of(tmp_path / "one")[0], metrics_of(tmp_path / "many")[0]
+    assert many == pytest.approx(one, abs=1e-5)
+
+
 @pytest.mark.slow
 def test_a_dead_process_ends_the_others_and_torchrun_restarts_from_the_checkpoint(tmp_path):
     where = ["--output-dir", str(tmp_path), "--run-name", "mortal", "--save-steps", "1"]
@@ -224,6 +236,64 @@ def test_a_process_of_a_group_ends_with_its_code_and_runs_what_libraries_registe
         timeout=120,
     )
     assert (process.returncode, process.stdout) == (7, "registered\n"), process.stderr
+
+
+# --- divergence ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", ["10", "1e30"])
+def test_a_run_that_diverges_ends_and_keeps_the_last_good_checkpoint(rate, tmp_path):
+    where = ["--output-dir", str(tmp_path), "--run-name", "lost"]
+    args = [*SMALL, "--rewards", "hps", "--save-steps", "1", *where]
+    finish(start([*args, "--max-steps", "1"]))
+    extended = ["--max-steps", "9", "--resume", "latest"]  # at a rate that check_same_run allows
+    config = tmp_path / "lost/config.json"
+    config.write_text(
+        config.read_text().replace('"learning_rate": 0.001', f'"learning_rate": {rate}')
+    )
+    _, err = finish(start([*args, *extended, "--learning-rate", rate]), code=3)
+    assert "the policy has diverged, and is not saved" in err and "lower --learning-rate" in err
+    for checkpoint in run_folder.checkpoints(tmp_path / "lost"):
+        policy = generate.load_policy(str(checkpoint))
+        assert all(p.isfinite().all() for p in policy.model.parameters())
+
+
+# --- run folders --------------------------------------------------------------------------------
+
+
+def make_checkpoint(run, step, saved):
+    folder = run / f"checkpoints/step-{step:06d}"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    os.utime(folder / "state.json", (saved, saved))
+    return folder
+
+
+def test_the_latest_run_is_the_unfinished_one_that_saved_last(tmp_path):
+    make_checkpoint(tmp_path / "a", 50, saved=1)
+    make_checkpoint(tmp_path / "a-2", 50, saved=2)
+    make_checkpoint(tmp_path / "a-3", 100, saved=3)  # finished
+    make_checkpoint(tmp_path / "ab", 10, saved=4)  # another name
+    (tmp_path / "a-4").mkdir()  # no checkpoint
+    assert run_folder.latest_run(tmp_path, "a", 100).name == "a-2"
+    assert run_folder.latest_run(tmp_path, "a", 200).name == "a-3"  # to be extended
+    assert run_folder.latest_run(tmp_path, "a", 50).name == "a-3"  # all are finished
+    assert run_folder.latest_run(tmp_path, "c", 100) is None
+
+
+def test_a_run_without_a_checkpoint_keeps_its_log_and_the_next_takes_another_name(tmp_path, config):
+    (tmp_path / "a").mkdir()
+    cfg = config(resume="latest", output_dir=str(tmp_path), run_name="a")
+    assert run_folder.choose_folder(cfg) == (tmp_path / "a-2", None)
+
+
+def test_checkpoints_have_numbers_and_one_that_was_being_replaced_comes_back(tmp_path):
+    kept = make_checkpoint(tmp_path, 2, saved=1)
+    for name in ("step-best", "step-000001.bak"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert run_folder.checkpoints(tmp_path) == [kept]
+    kept.rename(kept.with_name(".step-000002.old"))  # killed before the new one was in place
+    assert run_folder.checkpoints(tmp_path) == [kept] and kept.is_dir()
 
 
 # --- around the loop ----------------------------------------------------------------------------

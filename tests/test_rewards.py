@@ -6,6 +6,7 @@ import random
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -62,6 +63,19 @@ def test_bad_rewards_are_one_clear_error(text, rule, capsys):
     with pytest.raises(SystemExit) as stop:
         rewards.parse(text)
     assert stop.value.code == 2 and rule in capsys.readouterr().err
+
+
+def test_noise_says_the_same_of_the_same_picture_and_nothing_of_others():
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 8, 8, 3), np.uint8)
+    images = [Image.fromarray(p) for p in pixels]
+    reward = rewards.load("noise")
+    scores = reward(["a"] * 400, images)
+    assert torch.equal(scores, reward(["b"] * 400, [image.copy() for image in images]))
+    # Uniform in [0, 1): mean 1/2, deviation .289, so the mean of 400 has an error of .0144.
+    assert 0 <= scores.min() and scores.max() < 1
+    assert abs(scores.mean() - 0.5) < 0.045 and abs(scores.std() - 0.289) < 0.03
+    images[0].putpixel((0, 0), tuple(255 - v for v in images[0].getpixel((0, 0))))
+    assert reward(["a"], images[:1]) != scores[0]
 
 
 def test_a_prompt_from_outside_the_tiny_world_has_no_gold_score():

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from transformers import Dinov2Config, Dinov2Model
 
 from reward_models.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize
-from tiny_world.train_policy import SHIPPED, optimizer
+from tiny_world.learning import SHIPPED, Training
 
 CATEGORIES = 256  # K
 
@@ -75,15 +75,16 @@ def random_masks(B, rng):
     return masked.view(B, 64)
 
 
-def train_dino(folder, pixels, seed, steps=2000, batch=48):
+def train_dino(folder, pixels, seed, steps=2000, batch=48, unfinished=None):
     """pixels: uint8 (n, 32, 32, 3), clean and corrupted. Saves the teacher, as DINOv2 does."""
     torch.manual_seed(seed)
     rng, student = np.random.default_rng(seed), Student().train()
     teacher = copy.deepcopy(student).requires_grad_(False)
-    update = optimizer("dino", student.parameters(), steps, 1e-3, 0.1, weight_decay=0.04)
+    weights, options = student.named_parameters(), dict(more=[teacher], weight_decay=0.04)
+    training = Training("dino", weights, steps, 1e-3, 0.1, rng, unfinished, **options)
     data = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
     data = normalize(data, IMAGENET_MEAN, IMAGENET_STD)
-    for step in range(steps):
+    for step in training:
         pictures = data[torch.from_numpy(rng.integers(len(data), size=batch))]
         crops = torch.cat([random_crop(pictures, rng), random_crop(pictures, rng)])
         masked = random_masks(2 * batch, rng)
@@ -97,7 +98,7 @@ def train_dino(folder, pixels, seed, steps=2000, batch=48):
         patch_loss = -(patch_target * predicted[:, 1:].log_softmax(-1)).sum(-1)[masked].mean()
         share = class_target.mean(0).clamp(min=1e-9)
         used = (-(share * share.log()).sum()).exp()  # categories in use; 1 is a collapse
-        update(class_loss + patch_loss, cls=class_loss, patch=patch_loss, used=used)
+        training.update(class_loss + patch_loss, cls=class_loss, patch=patch_loss, used=used)
         rate = 0.01 * (1 - step / steps) + 1e-4
         with torch.no_grad():
             for slow, fast in zip(teacher.parameters(), student.parameters()):

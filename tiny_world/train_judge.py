@@ -20,8 +20,8 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from reward_models.judge import LocalJudge
+from tiny_world.learning import BETAS, SHIPPED, Training, bpe_tokenizer
 from tiny_world.questions import FAULTS, random_question
-from tiny_world.train_policy import BETAS, SHIPPED, bpe_tokenizer, optimizer
 
 VISION = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION]
@@ -74,14 +74,14 @@ def sample_examples(drawn, sampled, batch, rng, nrng):
     return questions, pictures, broken, faults
 
 
-def train_judge(folder, drawn, sampled, seed, steps=2200, batch=64):
+def train_judge(folder, drawn, sampled, seed, steps=2200, batch=64, unfinished=None):
     """Visual question answering about faults. drawn: (pixels, kinds, where) of `make_pictures`;
     sampled: (images, clean), the policy's own pictures and whether gold calls them artifact-free.
 
     From the answers alone the model learns only how frequent "yes" is. Therefore an auxiliary head,
     not kept after training, must also tell for each of the 16 cells which fault shows there."""
     torch.manual_seed(seed)
-    rng, nrng = random.Random(seed), np.random.default_rng(seed)
+    nrng = np.random.default_rng(seed)
     build_judge(folder)
     judge = LocalJudge(folder, "cpu")
     judge.model.train().requires_grad_(True)
@@ -90,10 +90,12 @@ def train_judge(folder, drawn, sampled, seed, steps=2200, batch=64):
     judge.model.model.visual.register_forward_hook(
         lambda module, inputs, output: seen.append(output.pooler_output)
     )
-    parameters = [*judge.model.parameters(), *auxiliary_head.parameters()]
-    update = optimizer("judge", parameters, steps, 1e-3, 0.1, betas=BETAS, weight_decay=0.05)
+    parameters = [*judge.model.named_parameters(), *auxiliary_head.named_parameters()]
+    options = dict(betas=BETAS, weight_decay=0.05)
+    training = Training("judge", parameters, steps, 1e-3, 0.1, nrng, unfinished, **options)
     own = batch // 4  # the policy's pictures, whose faults are not known
-    for _ in range(steps):
+    for step in training:
+        rng = random.Random(f"{seed} {step}")
         questions, pictures, broken, faults = sample_examples(drawn, sampled, batch, rng, nrng)
         answers = torch.tensor([yes if is_broken else no for is_broken in broken])
         seen.clear()
@@ -103,5 +105,5 @@ def train_judge(folder, drawn, sampled, seed, steps=2200, batch=64):
         weight = torch.tensor(4.0)  # of the cells with a fault, which are rare
         auxiliary = F.binary_cross_entropy_with_logits(cells, faults[own:], pos_weight=weight)
         correct = (logits.argmax(1) == answers).float().mean()
-        update(loss + 5 * auxiliary, answer=loss, auxiliary=auxiliary, correct=correct)
+        training.update(loss + 5 * auxiliary, answer=loss, auxiliary=auxiliary, correct=correct)
     judge.model.eval().save_pretrained(folder)

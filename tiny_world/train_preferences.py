@@ -11,6 +11,7 @@ data say nothing about them.
 Read next: train_judge.py
 """
 
+import functools
 import json
 import math
 import random
@@ -26,7 +27,7 @@ from reward_models.clip import HPS, PickScore, from_open_clip
 from reward_models.pixels import CLIP_MEAN, CLIP_STD, normalize
 from tiny_world import world
 from tiny_world.gold import alignment
-from tiny_world.train_policy import SHIPPED, optimizer
+from tiny_world.learning import SHIPPED, Training
 
 # CLIP learns its temperature; for preferences we fix it. At 5 the scores of a group spread about as
 # far as the judge's probabilities, so a plain sum gives both a say.
@@ -60,11 +61,22 @@ def perturb(things, relation, rng):
 
 
 def utility(prompt, scene):
-    """How much a picture of this scene is liked: right, large and vivid objects count. It reads the
-    scene, not the pixels, so it knows nothing of artifacts."""
-    size = sum(t.r for t in scene) / (3 + 2.5 * len(scene))  # relative to what usually fits
-    vivid = sum(t.vivid for t in scene) / len(scene)
-    return 4 * alignment(prompt, scene) + 1.5 * size + 2.5 * vivid
+    """How much a picture of this scene is liked: for the right objects, and for much colour, so for
+    large and vivid ones. It is that of the scene, not of the pixels, so it knows nothing of
+    artifacts."""
+    return 4 * alignment(prompt, scene) + 3 * color(scene) / usual_color(len(scene))
+
+
+def color(scene):
+    """How far the clean picture is from plain background, on average over its pixels."""
+    return np.linalg.norm(world.draw(scene) - world.GROUND, axis=-1).mean()
+
+
+@functools.lru_cache
+def usual_color(objects):
+    """The mean of `color` over scenes with this many objects."""
+    rng, wish = random.Random(objects), [(shape, None) for shape in world.SHAPES[:objects]]
+    return np.mean([color(world.sample_scene(wish, None, rng)) for _ in range(100)])
 
 
 def make_preferences(n, seed, flawed=0.4):
@@ -150,7 +162,7 @@ def preference(scorer, prompts, pixels, chosen):
 # --- training -----------------------------------------------------------------------------------
 
 
-def train_preference(kind, folder, seed, steps=700, pairs=12000, batch=96):
+def train_preference(kind, folder, seed, steps=1500, pairs=40000, batch=96, unfinished=None):
     """As HPS and PickScore were trained: first CLIP's contrastive loss on captions, then choices.
     Another seed gives other pairs and other initial weights. Returns the held-out accuracy."""
     torch.manual_seed(seed)
@@ -175,10 +187,10 @@ def train_preference(kind, folder, seed, steps=700, pairs=12000, batch=96):
         return F.binary_cross_entropy_with_logits(logits, torch.from_numpy(preferred).float())
 
     for loss_of, lr in ((caption_loss, 1e-3), (preference_loss, 1e-3 / 3)):
-        name, weights = f"{folder.name}, {loss_of.__name__}", scorer.model.parameters()
-        update = optimizer(name, weights, steps, lr, 0.1, weight_decay=0.05)
-        for _ in range(steps):
-            update(loss_of())
+        name, weights = f"{folder.name}_{loss_of.__name__}", scorer.model.named_parameters()
+        training = Training(name, weights, steps, lr, 0.1, rng, unfinished, weight_decay=0.05)
+        for _ in training:
+            training.update(loss_of())
     scorer.model.eval().logit_scale.data.fill_(math.log(TEMPERATURE))
     save_clip(kind, scorer.model, folder)
     with torch.no_grad():

@@ -19,6 +19,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIZE = 32  # pixels; the policy sees 8 x 8 tokens of 4 x 4 pixels
+GRID = (
+    2  # an object's centre lies on every second pixel: a codebook of 512 patches shows it sharply
+)
 GROUND = np.array((240, 240, 240), np.float32)  # the background colour
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 COLORS = {
@@ -187,8 +190,8 @@ def random_thing(shape, color, smallest, largest, rng):
     """An object of random size, place and vividness; of random colour if `color` is None."""
     r = rng.randrange(int(smallest * 2), int(largest * 2) + 1) / 2
     edge = r * 1.25 + 0.5
-    first, last = int(2 * edge) + 1, int(2 * (SIZE - edge))
-    x, y = rng.randrange(first, last) / 2, rng.randrange(first, last) / 2
+    first, last = int(edge // GRID) + 1, int((SIZE - edge) // GRID)
+    x, y = GRID * rng.randint(first, last), GRID * rng.randint(first, last)
     return Thing(shape, color or rng.choice(list(COLORS)), x, y, r, rng.uniform(0.6, 1))
 
 

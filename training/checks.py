@@ -13,8 +13,8 @@ PRESETS = {
         "eval_rewards": "gold,gold-clean,gold-aligned",
         "prompts": str(ROOT / "tiny_world/prompts/train.jsonl"),
         "test_prompts": str(ROOT / "tiny_world/prompts/test.jsonl"),
-        "max_steps": 100,
-        "learning_rate": 1e-4,
+        "max_steps": 60,
+        "learning_rate": 3e-4,
         "beta": 0.02,
     },
     "real": {
@@ -27,8 +27,8 @@ PRESETS = {
     },
 }
 POSITIVE = (
-    "max_steps learning_rate updates_per_rollout micro_batch rollout_batch max_thought "
-    "max_grad_norm save_steps save_total_limit eval_steps eval_images"
+    "prompts_per_step max_steps learning_rate updates_per_rollout micro_batch rollout_batch "
+    "max_thought max_grad_norm save_steps save_total_limit eval_steps eval_images"
 ).split()
 
 
@@ -40,7 +40,8 @@ def fill_presets(cfg):
 
 def num_processes(cfg):
     """As many as there are; a dry run may plan for others."""
-    return cfg.world_size if cfg.dry_run and cfg.world_size else world_size()
+    wanted = cfg.world_size if cfg.dry_run and cfg.world_size else world_size()
+    return wanted if cfg.shard else min(wanted, max(1, cfg.prompts_per_step))
 
 
 def check_flags(cfg, num_rewards, processes):
@@ -54,10 +55,11 @@ def check_flags(cfg, num_rewards, processes):
             f"--num-generations {cfg.num_generations}: a group of one has no baseline; use 4 or "
             "more"
         )
-    if cfg.prompts_per_step < 1 or cfg.prompts_per_step % processes:
+    if cfg.shard and cfg.prompts_per_step % processes:
         usage_error(
-            f"--prompts-per-step {cfg.prompts_per_step}: must be a multiple of the {processes} "
-            "processes, because a group stays on one process"
+            f"--shard --prompts-per-step {cfg.prompts_per_step}: must be a multiple of the "
+            f"{processes} processes, because they gather each layer together and a group stays on "
+            "one of them"
         )
     if cfg.combine == "constrained" and num_rewards < 2:
         usage_error(

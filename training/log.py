@@ -45,12 +45,17 @@ def summarize(records, trained, heldout, group_size):
     return metrics
 
 
-def processes_agree(policy):
-    """1 if all processes hold the same trained weights, by their sum (shards are parts of one set
-    of weights and cannot differ)."""
+def check_weights(policy):
+    """Are the trained weights finite, and do all processes hold the same ones? By their sum (shards
+    are parts of one set of weights and cannot differ)."""
     trained = [p.detach() for p in policy.model.parameters() if p.requires_grad]
     total = sum(p.double().sum().item() for p in trained if not isinstance(p, DTensor))
-    return int(len(set(gather([total]))) == 1)
+    totals = gather([total])
+    finite = all(map(math.isfinite, totals))
+    return {
+        "weights_finite": int(finite),
+        "processes_agree": int(len(set(totals)) == 1 or not finite),
+    }
 
 
 def external_logger(cfg, folder):
@@ -129,7 +134,7 @@ class Log:
         records = gather(make_records(rows, rollouts, scores))
         G = self.cfg.num_generations
         metrics = metrics | summarize(records, self.trained, self.heldout, G)
-        metrics["processes_agree"] = processes_agree(policy)
+        metrics |= check_weights(policy)
         metrics["diversity"] = mean(gather(pictures.diversity(rollouts.images, G)))
         if self.writes:
             line = {"step": step, **metrics, **self.clock.seconds}
@@ -160,7 +165,8 @@ class Log:
         strip = self.folder / "samples" / f"step_{step:06d}.png"
         pictures.save_strip(images[: pictures.STRIP], strip)
         pictures.save_sheet(images, self.folder / "tests" / f"{'last' if step else 'first'}.png")
-        shown = "  ".join(f"{k} {v:.3f}" for k, v in means.items() if "/" not in k)
+        names = [name for name in means if "/" not in name]
+        shown = "  ".join(f"{n} {means[n]:.3f}±{means[f'{n}/se']:.3f}" for n in names)
         tqdm.write(f"test at step {step}:  {shown}")
 
     def pool(self, records):

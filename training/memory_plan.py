@@ -7,6 +7,7 @@ Kernels and fragmented memory come on top: a tenth of each GPU is kept free.
 Read next: sharding.py
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -108,17 +109,17 @@ def print_plan(cfg, world_size):
         usage_error(f"--dry-run --model {cfg.model}: no configuration; give a folder, or {known}")
     cfg_weight = cfg.cfg_weight or (1 if cfg.model == "tiny" else 5)
     guided = cfg.guidance != "none" and cfg_weight != 1
-    rollouts = cfg.prompts_per_step * cfg.num_generations // world_size
+    rollouts = math.ceil(cfg.prompts_per_step / world_size) * cfg.num_generations  # at most
     counts, gigabytes = plan(config, world_size, min(cfg.rollout_batch, rollouts),
         min(cfg.micro_batch, rollouts), guided, cfg.max_thought * cfg.cot, cfg.shard, cfg.lora_rank,
         cfg.gradient_checkpointing)  # fmt: skip
     billions = {name: counts[name] / 1e9 for name in ("total", "trained")}
-    pictures = rollouts * world_size
+    pictures = cfg.prompts_per_step * cfg.num_generations
     print(
         f"{cfg.model}: {billions['total']:.3f} billion parameters, {billions['trained']:.3f} "
         f"trained, on {world_size} processes\n"
         f"a step: {pictures} pictures of {counts['tokens of a picture']} tokens, {rollouts} on "
-        f"each process; {cfg.max_steps} steps, {cfg.max_steps * pictures} pictures\n"
+        f"a process; {cfg.max_steps} steps, {cfg.max_steps * pictures} pictures\n"
     )
     for name, value in gigabytes.items():
         print(f"{value:9.2f} GB   {name}")

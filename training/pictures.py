@@ -20,6 +20,7 @@ from training.files import atomic, usage_error
 from training.records import write_jsonl
 
 STRIP = 12  # pictures in the strip of fixed prompts
+STRIP_SIDE, STRIP_GAP = 96, 4  # pixels: of each picture, and to the next one
 COLUMNS = 16  # pictures in a row of a sheet
 
 
@@ -28,12 +29,13 @@ def save_png(image, path):
         image.save(file, "PNG")
 
 
-def save_strip(images, path, side=96):
+def save_strip(images, path):
     """The pictures of the fixed prompts, side by side, in one PNG."""
-    strip = Image.new("RGB", ((side + 4) * len(images), side), "white")
+    side, pitch = STRIP_SIDE, STRIP_SIDE + STRIP_GAP
+    strip = Image.new("RGB", (pitch * len(images), side), "white")
     for i, image in enumerate(images):
         resample = Image.NEAREST if image.width < side else Image.LANCZOS  # small: keep the pixels
-        strip.paste(image.resize((side, side), resample), (i * (side + 4), 0))
+        strip.paste(image.resize((side, side), resample), (i * pitch, 0))
     save_png(strip, path)
 
 

@@ -4,6 +4,7 @@ Read next: sharding.py
 """
 
 import atexit
+import math
 import os
 import sys
 
@@ -21,11 +22,20 @@ def pick_device(device, dtype="auto"):
     return device, getattr(torch, dtype)
 
 
-def start_processes(device="auto"):
-    """Join the process group if torchrun started this process (it sets RANK)."""
+def start_processes(device="auto", most=math.inf):
+    """Join the process group if torchrun started this process (it sets RANK).
+
+    `most` processes have work; those beyond end here, such as 48 of the 64 that torchrun
+    --nproc-per-node auto starts on 64 cores when a step has 16 prompts."""
     cuda = torch.cuda.is_available() and device in ("auto", "cuda")
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        number, started = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if number >= most:
+            raise SystemExit(0)
+        if number == 0 and started > most:
+            print(f"{most} of {started} processes have a prompt in each step; the others end")
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, rank=number, world_size=min(started, most))
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 

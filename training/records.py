@@ -7,6 +7,8 @@ Read next: log.py, which writes them; evaluation/hacking.py, which reads them
 
 import json
 import math
+import statistics
+from collections import defaultdict
 from pathlib import Path
 
 from training.files import atomic
@@ -54,10 +56,23 @@ def artifact_free(record):
     return math.nan if math.isnan(clean) else float(clean >= ARTIFACT_FREE)
 
 
+def standard_error(values, prompts):
+    """Of the mean of these values; NaN below two prompts. Pictures of one prompt resemble each
+    other, so it is that of the means of the prompts, which are independent."""
+    by_prompt = defaultdict(list)
+    for value, prompt in zip(values, prompts):
+        by_prompt[prompt].append(value)
+    means = [m for m in map(mean, by_prompt.values()) if math.isfinite(m)]
+    return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+
+
 def test_means(records):
-    """The records of one test -> the mean of every score, KL, and the artifact-free share."""
+    """The records of one test -> the mean of every score, KL, and the artifact-free share; and
+    "<name>/se", the standard error of each, but for image statistics."""
     names = [name for name, value in records[0].items() if isinstance(value, float)]
-    means = {name: mean(record[name] for record in records) for name in names}
-    if "gold-clean" in means:
-        means["artifact-free"] = mean(map(artifact_free, records))
-    return means
+    columns = {name: [record[name] for record in records] for name in names}
+    if "gold-clean" in columns:
+        columns["artifact-free"] = [artifact_free(record) for record in records]
+    ids = [record["id"] for record in records]
+    errors = {f"{n}/se": standard_error(v, ids) for n, v in columns.items() if "/" not in n}
+    return {name: mean(values) for name, values in columns.items()} | errors

@@ -39,7 +39,13 @@ MAY_DIFFER = set(
 
 
 def checkpoints(folder):
-    return sorted((Path(folder) / "checkpoints").glob("step-*"))
+    """The checkpoints of a run, by step. Other names, such as step-best, are the user's own."""
+    place = Path(folder) / "checkpoints"
+    for old in place.glob(".step-*.old"):  # killed while one took the place of another: see save
+        if not (final := place / old.name[1:-4]).exists():
+            os.replace(old, final)
+    found = place.glob("step-*")
+    return sorted(path for path in found if re.fullmatch(r"step-\d{6,}", path.name))
 
 
 # --- opening ------------------------------------------------------------------------------------
@@ -69,15 +75,28 @@ def choose_folder(cfg):
                 "'never'"
             )
         return folder, checkpoints(folder)[-1]
-    numbered = re.compile(re.escape(name) + r"(-\d+)?")
-    existing = [folder for folder in root.glob("*") if numbered.fullmatch(folder.name)]
-    if cfg.resume == "latest" and existing:
-        folder = max(existing, key=lambda path: path.stat().st_ctime)
-        return folder, checkpoints(folder)[-1] if checkpoints(folder) else None
+    latest = latest_run(root, name, cfg.max_steps) if cfg.resume == "latest" else None
+    if latest:
+        print(f"resuming {latest} from {checkpoints(latest)[-1].name}", flush=True)
+        return latest, checkpoints(latest)[-1]
     folder, number = root / name, 2
     while folder.exists():
         folder, number = root / f"{name}-{number}", number + 1
     return folder, None
+
+
+def latest_run(root, name, max_steps):
+    """Of the runs of this name (name, name-2, ...) with a checkpoint: the unfinished one that saved
+    last, or else the finished one that did; None if there is none. A run without a checkpoint is
+    not continued: it would have to start again, over its own log."""
+    numbered = re.compile(re.escape(name) + r"(-\d+)?")
+    runs = [folder for folder in root.glob("*") if numbered.fullmatch(folder.name)]
+
+    def order(run):
+        last = checkpoints(run)[-1]
+        return int(last.name.split("-")[1]) < max_steps, (last / "state.json").stat().st_mtime
+
+    return max((run for run in runs if checkpoints(run)), key=order, default=None)
 
 
 def check_same_run(folder, cfg):
@@ -148,6 +167,9 @@ class Run:
         self.step += 1
         self.skipped = (self.skipped + 1) * skipped
 
+    def last_checkpoint(self):
+        return next(reversed(checkpoints(self.folder)), None)
+
     def is_due(self, every, last):
         """Is it time for what happens every so many steps, and after the last one?"""
         return self.step % every == 0 or self.step == last
@@ -188,11 +210,22 @@ class Run:
             state = {"step": self.step, "skipped": self.skipped}
             state["multipliers"] = self.rewards.multipliers
             (partial / "state.json").write_text(json.dumps(state))
-            shutil.rmtree(final, ignore_errors=True)
+            keep_on_disk(partial)
+            if final.exists():  # this step was saved before; until the new one is there, keep it
+                os.replace(final, final.with_name(f".{final.name}.old"))
             os.replace(partial, final)
+            shutil.rmtree(final.with_name(f".{final.name}.old"), ignore_errors=True)
             for old in checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(old)
         gather([None])  # no process may end before it is written: torchrun would stop the others
+
+
+def keep_on_disk(folder):
+    """Wait until all files of a folder are on the disk: a rename can be there before them."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
 
 
 def model_card(folder, step):

@@ -10,6 +10,7 @@ from collections import Counter
 
 from training.processes import end_processes, gather, rank
 
+MAX_KL = 1000  # nats per rollout; real runs stay below 100
 PATIENCE = 5  # steps in a row with a gradient that is not finite, until the run gives up
 
 
@@ -32,6 +33,22 @@ class StopSignal:
         if any(gather([bool(self.times)])):
             save()
             give_up("asked to stop", 143)
+
+
+def stop_if_diverged(metrics, step, last):
+    """End the run, with code 3, if this step's policy is lost. It is not saved: the checkpoint from
+    before it, `last` (None if there is none yet), stays the newest."""
+    if metrics["weights_finite"] and metrics["kl"] <= MAX_KL:  # False for NaN
+        return
+    if rank() == 0:
+        what = f"a KL of {metrics['kl']:.3g} nats" if metrics["weights_finite"] else "NaN weights"
+        kept = f"{last} is from before it" if last else "no checkpoint was saved yet"
+        print(
+            f"step {step} has {what}: the policy has diverged, and is not saved; {kept}. Start a "
+            "new run with a lower --learning-rate, or a higher --beta",
+            file=sys.stderr,
+        )
+    end_processes(3)
 
 
 def what_is_wrong(metrics, skipped, rewards, max_failures):

@@ -1,0 +1,146 @@
+"""How much reward does an optimiser gain for each nat of KL, and how much of its KL is drift?
+
+The gradient of GRPO is mostly noise: one advantage for all tokens of a picture. AdamW turns noise
+into steps of full size, a random walk of all weights. The control measures this walk: the same
+training on the reward `noise`, in which there is nothing to learn. A calm optimiser gains much hps
+at a small KL, and its control stays where it was. Each variant here trains twice, on hps and on
+noise, with the same number of rollouts.
+
+Run:   python -m studies.optimiser              train what is missing (hours; a stopped study goes
+                                                on), then print the table, draw docs/optimiser.png
+       python -m studies.optimiser --seeds 1    one seed, a table without intervals
+
+You should see:  a progress bar over all runs, then one line for each variant.
+
+Read next: docs/results.md, "A calm optimiser"
+"""
+
+import json
+import os
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from evaluation.curves import HACK, OTHERS
+from evaluation.tables import interval, markdown
+from studies.contest import gain, train_missing
+from training.files import ROOT, atomic
+from training.records import mean
+
+# Variant -> flags of grpo.py. The first is the default.
+VARIANTS = json.loads((ROOT / "studies/optimisers.json").read_text())
+COMMON = "--best-of 0 --save-steps 1000 --eval-steps 20"
+HELD_OUT = {"hps": "artifact,gold,gold-clean,gold-aligned"}
+HELD_OUT["noise"] = f"hps,{HELD_OUT['hps']}"
+
+
+@dataclass
+class Config:
+    seeds: int = 3  # of each variant
+    workers: int = os.cpu_count()  # runs at a time, a core each
+    output_dir: str = "runs/optimiser"  # run folders go here
+    results: str = str(ROOT / "docs" / "optimiser")  # their numbers go here
+    figure: str = str(ROOT / "docs" / "optimiser.png")
+
+
+def job(cfg, variant, reward, seed):
+    """(flags, result file, facts) of one run, for `train_missing`."""
+    name = re.sub("[^a-z0-9.]+", "_", f"{variant} {reward} seed{seed}".lower())
+    flags = ["--rewards", reward, "--eval-rewards", HELD_OUT[reward], *COMMON.split()]
+    flags += [*shlex.split(VARIANTS[variant]), "--seed", str(seed)]
+    flags += ["--output-dir", cfg.output_dir, "--run-name", name, "--resume", "latest"]
+    facts = {"variant": variant, "reward": reward, "seed": seed}
+    return flags, Path(cfg.results) / f"{name}.json", facts
+
+
+def read_results(jobs):
+    """(variant, reward) -> numbers of its finished runs."""
+    results = {}
+    for _, file, facts in jobs:
+        if file.is_file():
+            key = facts["variant"], facts["reward"]
+            results.setdefault(key, []).append(json.loads(file.read_text()))
+    return results
+
+
+def table(results):
+    """A row for each variant; the gain of hps in standard deviations within a prompt."""
+    rows = []
+    for variant in VARIANTS:
+        runs, control = (results.get((variant, reward), []) for reward in ("hps", "noise"))
+        if not (runs and control):
+            continue
+        gained = [gain(run, "hps") / run["deviation"] for run in runs]
+        nats, drift = (mean(run["tests"][-1]["kl"] for run in some) for some in (runs, control))
+        row = {"variant": variant, "flags": f"`{VARIANTS[variant] or '(default)'}`"}
+        row |= {"runs": len(runs), "hps, deviations": plus_minus(gained), "KL": f"{nats:.1f}"}
+        row |= {"KL of the control": f"{drift:.1f}", "gain per nat": f"{mean(gained) / nats:.2f}"}
+        for name in ("gold", "artifact-free"):
+            row[name] = plus_minus([gain(run, name) for run in runs])
+            row[f"{name}, control"] = plus_minus([gain(run, name) for run in control])
+        rows.append(row)
+    return rows
+
+
+def plus_minus(values):
+    center, width = interval(values)
+    return f"{center:+.3f}" + (f" ± {width:.3f}" if width == width else "")
+
+
+def figure(results, path):
+    """Gain of hps against the KL, test by test: up and left is better. The end of each variant's
+    control is a cross, its drift."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawing, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    colors = iter([HACK, *OTHERS, "#0072B2", "#000000", "#8C5A9E"] * 3)
+    for variant in VARIANTS:
+        runs, control = (results.get((variant, reward), []) for reward in ("hps", "noise"))
+        if not (runs and control):
+            continue
+        color, tests = next(colors), range(len(runs[0]["tests"]))
+        start = [run["tests"][0]["hps"] for run in runs]
+        nats = [mean(run["tests"][i]["kl"] for run in runs) for i in tests]
+        gained = [
+            mean((r["tests"][i]["hps"] - s) / r["deviation"] for r, s in zip(runs, start))
+            for i in tests
+        ]
+        axis.plot(nats, gained, "o-", color=color, markersize=4, label=variant)
+        drift = mean(run["tests"][-1]["kl"] for run in control)
+        walked = mean(gain(run, "hps") / run["deviation"] for run in control)
+        axis.plot(drift, walked, "x", color=color, markersize=8, markeredgewidth=2)
+    axis.axhline(0, color="#767676", linewidth=0.8)
+    axis.set(xlabel="KL to the base policy, nats", ylabel="gain of hps, deviations within a prompt")
+    axis.set_title("Lines: training on hps. Crosses: the drift of the control", loc="left")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    with atomic(path, "wb") as file:
+        drawing.savefig(file, format="png", dpi=90)
+    plt.close(drawing)
+
+
+def main(cfg):
+    jobs = [
+        job(cfg, variant, reward, seed)
+        for seed in range(1, cfg.seeds + 1)
+        for variant in VARIANTS
+        for reward in HELD_OUT
+    ]
+    errors = train_missing(jobs, cfg.workers)
+    results = read_results(jobs)
+    figure(results, cfg.figure)
+    print(markdown(table(results)))
+    for message in errors:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(3 if errors else 0)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
