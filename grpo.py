@@ -271,6 +271,7 @@ def update_policy(policy, reference_NS, optimizer, rollouts, advantages, cfg):
         "loss": sums[0] / cfg.updates_per_rollout,
         "clip_ratio": sums[1] / cfg.updates_per_rollout,
         "kl": sums[2] / sums[3],  # nats per rollout, of the policy that sampled: before the update
+        "kl_per_token": sums[2] / tokens,
         "grad_norm": norm.item(),
         "skipped": int(not norm.isfinite()),
         "learning_rate": optimizer.param_groups[0]["lr"],

@@ -10,7 +10,7 @@ from collections import Counter
 
 from training.processes import end_processes, gather, rank
 
-MAX_KL = 1000  # nats per rollout; real runs stay below 100
+MAX_KL = 2.0  # nats per token; the longest runs that made sense stayed below 0.7
 PATIENCE = 5  # steps in a row with a gradient that is not finite, until the run gives up
 
 
@@ -38,7 +38,7 @@ class StopSignal:
 def stop_if_diverged(metrics, step, last):
     """End the run, with code 3, if this step's policy is lost. It is not saved: the checkpoint from
     before it, `last` (None if there is none yet), stays the newest."""
-    if metrics["weights_finite"] and metrics["kl"] <= MAX_KL:  # False for NaN
+    if metrics["weights_finite"] and metrics["kl_per_token"] <= MAX_KL:  # False for NaN
         return
     if rank() == 0:
         what = f"a KL of {metrics['kl']:.3g} nats" if metrics["weights_finite"] else "NaN weights"
