@@ -136,8 +136,9 @@ TEXT = dict(SIZES, hidden_size=32, intermediate_size=128, max_position_embedding
 VISION = dict(SIZES, hidden_size=64, intermediate_size=256, image_size=32, patch_size=8)
 
 
-def original_clip(kind, folder, tokenizer):
+def original_clip(kind, folder):
     """open_clip's recorded checkpoint in the format that this reward reads."""
+    tokenizer = CLIPTokenizer.from_pretrained(DATA / "open_clip")
     tokenizer.save_pretrained(folder)
     act = "quick_gelu" if kind is Aesthetic else "gelu"  # OpenAI's CLIPs have the former
     ids = dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
@@ -155,9 +156,9 @@ CLIPS = {"hps": HPS, "pickscore": PickScore, "aesthetic": Aesthetic}
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_rewards_on_a_clip_compute_what_open_clip_computed(name, tmp_path, hps):
+def test_rewards_on_a_clip_compute_what_open_clip_computed(name, tmp_path):
     known, images = recorded("open_clip")
-    reward = CLIPS[name](checkpoint=original_clip(CLIPS[name], tmp_path, hps.tokenizer))
+    reward = CLIPS[name](checkpoint=original_clip(CLIPS[name], tmp_path))
     expected = known["scores"][name]
     if name == "aesthetic":  # the same for every prompt
         expected = [expected] * len(known["prompts"])
