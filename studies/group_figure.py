@@ -1,9 +1,9 @@
 """GRPO in one picture: the same group, drawn from the same noise, before and after training.
 
 Each row is a policy. Its pictures of one prompt are ranked, with reward and advantage below. The
-frame says what gold says: orange is broken.
+frame says what gold says: orange is broken, or not what the prompt asks for.
 
-Run:   python -m studies.group_figure runs/tiny_hps_seed1 "runs/tiny_hps+artifact_seed1"
+Run:   python -m studies.group_figure runs/tiny_hps_seed42 "runs/tiny_hps+artifact_seed42"
 
 You should see:  docs/group.png: after training on hps alone the objects of the best pictures are
 large and broken; with the judge they are whole.
@@ -24,14 +24,16 @@ import grpo
 import rewards as reward_lib
 from training.files import atomic, usage_error
 from training.policy import load_policy
-from training.records import ARTIFACT_FREE, mean
+from training.records import mean
 from training.run_folder import checkpoints
+
+RIGHT = 0.5  # gold of a picture that shows what the prompt says and is whole
 
 
 @dataclass
 class Config:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]  # run folders, a row for each
-    prompt: str = "a red star and a blue circle"
+    prompt: str = "a red cross and a purple cross"
     pictures: int = 8  # of the group
     seed: int = 1
     figure: str = "docs/group.png"
@@ -42,7 +44,7 @@ def ranked_group(checkpoint, weights, how, cfg):
     that it was trained on and --combine, of which the advantages are made."""
     keys = [(cfg.seed, 0, 0, k) for k in range(cfg.pictures)]
     rollouts = generate.sample(load_policy(checkpoint), [cfg.prompt] * cfg.pictures, keys)
-    names = dict.fromkeys([*weights, "hps", "artifact", "gold-clean"])
+    names = dict.fromkeys([*weights, "hps", "artifact", "gold"])
     loaded = {name: reward_lib.load(name, checkpoint="tiny") for name in names}
     metadata = [{"id": "0", "prompt": cfg.prompt}] * cfg.pictures
     scores = reward_lib.score(loaded, rollouts.prompts, rollouts.images, metadata)
@@ -62,25 +64,25 @@ def group_figure(groups, cfg):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size = (1.3 * cfg.pictures, 2.15 * len(groups) + 0.4)
+    size = (1.3 * cfg.pictures, 1.9 * len(groups) + 0.4)
     figure, axes = plt.subplots(len(groups), cfg.pictures, figsize=size, squeeze=False)
     title = f'"{cfg.prompt}": each row is a group from the same noise, the best first'
-    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left", y=0.985)
     for row, (title, group) in zip(axes, groups):
         scores = [scores for _, scores, _ in group]
-        whole = sum(score["gold-clean"] >= ARTIFACT_FREE for score in scores)
+        right = sum(score["gold"] >= RIGHT for score in scores)
         means = [f"{name} {mean(s[name] for s in scores):.2f}" for name in ("hps", "artifact")]
-        text = f"{title}:  {whole} of {len(group)} whole,  {',  '.join(means)}"
+        text = f"{title}:  {right} of {len(group)} right,  {',  '.join(means)}"
         row[0].set_title(text, fontsize=11, loc="left")
         for axis, (picture, score, advantage) in zip(row, group):
             axis.imshow(picture.resize((128, 128), Image.NEAREST))
             axis.set_xlabel(f"hps {score['hps']:.2f}\nA {advantage:+.1f}", fontsize=9)
             axis.set(xticks=[], yticks=[])
-            # The frame is the truth: blue and thin around a whole picture, orange around a broken.
-            is_whole = score["gold-clean"] >= ARTIFACT_FREE
+            # The frame is the truth: thin and blue around a right picture, orange around others.
+            is_right = score["gold"] >= RIGHT
             for side in axis.spines.values():
-                side.set(color="#0072B2" if is_whole else "#D55E00", linewidth=1 if is_whole else 4)
-    figure.tight_layout()
+                side.set(color="#0072B2" if is_right else "#D55E00", linewidth=1 if is_right else 4)
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.87, bottom=0.09, hspace=0.6, wspace=0.12)
     with atomic(cfg.figure, "wb") as file:
         figure.savefig(file, format="png", dpi=90)
     plt.close(figure)
