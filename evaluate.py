@@ -45,7 +45,7 @@ from training.files import atomic, usage_error
 from training.pictures import cut_sheet
 from training.processes import pick_device
 from training.prompts import load_prompts
-from training.records import mean, read_jsonl, standard_error, write_jsonl
+from training.records import mean, mean_over_prompts, read_jsonl, write_jsonl
 
 # The paper's Table 2 (arXiv:2601.03468): accuracy on its 202 pairs.
 PAPER = {
@@ -150,8 +150,8 @@ def score_table(records, names, by_tag=False):
     for name in names:
         for tag, members in groups.items():
             scores = [record[name] for record in members]
-            error = standard_error(scores, [record["id"] for record in members])
-            row = {"score": name, "prompts": tag, "mean": mean(scores), "standard error": error}
+            center, error = mean_over_prompts(scores, [record["id"] for record in members])
+            row = {"score": name, "prompts": tag, "mean": center, "standard error": error}
             n = sum(map(math.isfinite, scores))
             table.append(row | {"n": n, "failed": len(members) - n})
     return table

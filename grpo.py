@@ -426,7 +426,7 @@ def main(cfg):
         parts = (policy, reference, rewards, optimizer)
         scores, metrics = train_step(*parts, rollouts, rows, step, cfg, log.clock)
         metrics, records = log.step(step, metrics, policy, rows, rollouts, scores)
-        stopping.stop_if_diverged(metrics, step, run.last_checkpoint())
+        stopping.stop_if_diverged(metrics, step, folder)
         rewards.update_multipliers(records, cfg.combine, cfg.floor)
         run.finish_step(metrics["skipped"])
         if run.is_due(cfg.eval_steps, cfg.max_steps):

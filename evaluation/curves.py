@@ -79,9 +79,8 @@ def draw_headline(axis, groups, colors):
         found = [step for step in (hacking.onset(run) for run, _ in members) if step is not None]
         if found:
             axis.axvline(mean(found), color=colors[trained], linestyle=":", linewidth=1.5)
-            place = dict(xytext=(4, -4), textcoords="offset points", va="top", fontsize=9)
-            spot = (mean(found), 1), ("data", "axes fraction")
-            axis.annotate("onset", spot[0], xycoords=spot[1], color=colors[trained], **place)
+            place = dict(transform=axis.get_xaxis_transform(), va="top", fontsize=9)  # y: 0 to 1
+            axis.text(mean(found), 0.98, " onset", color=colors[trained], **place)
     axis.axhline(0, color=INK, linewidth=0.8)
     title = "proxy (solid) and truth (dashed), change in standard deviations within a prompt"
     axis.set_title(title, fontsize=11, loc="left")

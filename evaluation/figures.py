@@ -7,6 +7,7 @@ it rises while gold falls.
 Read next: evaluate.py
 """
 
+import io
 import math
 import textwrap
 from pathlib import Path
@@ -70,9 +71,8 @@ def prompts_of(run):
     return [record["prompt"] for record in read_jsonl(tests[0])[:STRIP]] if tests else []
 
 
-def add_strips(path, strips, prompts):
-    """Below the picture in this file: strips [(title, file)], with the prompts above the first."""
-    above = Image.open(path).convert("RGB")
+def add_strips(above, strips, prompts):
+    """A picture with strips [(title, file)] below it, and the prompts above the first."""
     opened = [(title, open_strip(file)) for title, file in strips]
     width = max(above.width, *(strip.width for _, strip in opened))
     head = 46
@@ -86,7 +86,7 @@ def add_strips(path, strips, prompts):
         ImageDraw.Draw(whole).text((left, y + 3), title, fill="black")
         whole.paste(strip, (left, y + 18))
         y += strip.height + 22
-    save_png(whole, path)
+    return whole
 
 
 def write_prompts(pen, prompts, left, top, pitch=100):
@@ -97,16 +97,17 @@ def write_prompts(pen, prompts, left, top, pitch=100):
 
 
 def hacking_figure(runs, path):
-    """The curves as a PNG, and below them the same prompts and noise before and after training."""
-    figure = curves.hacking_curves(runs)
-    with atomic(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=100)
-    curves.pyplot().close(figure)
+    """The curves as a PNG, and below them the same prompts and noise before and after training.
+    Returns the curves, a matplotlib figure."""
+    figure, buffer = curves.hacking_curves(runs), io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
     groups = hacking.runs_by_rewards(runs)
     strips = [("before training", strips_of(runs[0])[0])]
     for trained, members in groups.items():
         strips.append((f"after GRPO on {trained}", strips_of(members[0][0])[-1]))
-    add_strips(path, strips, prompts_of(runs[0]))
+    above = Image.open(buffer).convert("RGB")
+    save_png(add_strips(above, strips, prompts_of(runs[0])), path)
+    return figure
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -117,16 +118,18 @@ def report_page(run):
     run, page = Path(run), Path(run) / "report.html"
     others = hacking.companions(run)
     config, _, tests, _ = records = hacking.read_run(run)
-    hacking_figure([run, *others], run / "hacking.png")
+    figure = hacking_figure([run, *others], run / "hacking.png")
     training_grid(run, run / "training.png")
     control = [other for other in others if hacking.is_control(other)]
     trained = names_in(config, "rewards")
     contents = {
         "Before and after": before_and_after([run, *others]),
         "First and last test": first_and_last(run),
-        "Proxy and truth": pages.svg(curves.hacking_curves([run, *others])),
+        "Proxy and truth": pages.svg(figure),
         "Every training step": pages.svg(curves.training_curves(records)),
-        "The same prompts and noise, test by test": pages.picture(run / "training.png"),
+        "The same prompts and noise, test by test": pages.scrolling(
+            pages.picture(run / "training.png")
+        ),
         "Where the rewards exceed gold most, last test": worst_gaps(run, trained),
         "One step of GRPO: groups, best first": groups_of_last_step(run, config),
         "Which reward dominates the advantage": hacking.reward_drivers(run),
@@ -206,7 +209,7 @@ def groups_of_last_step(run, config, n=6):
     records, G = read_jsonl(sheets[-1].with_suffix(".jsonl")), config["flags"]["num_generations"]
     cut = cut_sheet(sheets[-1], len(records))
     records, cut = records[: n * G], cut[: n * G]
-    pictures = [pages.picture(image, r["prompt"]) for image, r in zip(cut, records)]
+    pictures = [pages.picture(i, r["prompt"]) if i else "" for i, r in zip(cut, records)]
     names, line = [*names_in(config, "rewards"), "total"], Markup("{} {:.2f}<br>")
     for record, picture in zip(records, pictures):
         record["picture"] = picture

@@ -29,7 +29,7 @@ import numpy as np
 
 from evaluation.tables import interval
 from training.files import usage_error
-from training.records import artifact_free, mean, read_jsonl, standard_error
+from training.records import artifact_free, mean, mean_over_prompts, read_jsonl
 from training.run_folder import MAY_DIFFER
 
 # Flags in which two seeds of one experiment may differ: where they ran, not what they computed.
@@ -69,7 +69,7 @@ def runs_by_rewards(runs):
     goes. Two experiments on the same rewards are told apart by the flags in which they differ. Of
     two runs of one seed the newer one counts."""
     experiments = defaultdict(dict)
-    for run in sorted(map(Path, runs), key=lambda run: age(run)):
+    for run in sorted(map(Path, runs), key=age):
         records = read_run(run)
         flags = {k: v for k, v in records.config["flags"].items() if k not in PLACE}
         seed, known = records.config["flags"].get("seed"), experiments[json.dumps(flags)]
@@ -145,7 +145,7 @@ def paired(before, after, name):
     value = score_of(name)
     known = {(r["id"], r["sample"]): value(r) for r in before}
     gains = [value(r) - known.get((r["id"], r["sample"]), math.nan) for r in after]
-    return mean(gains), standard_error(gains, [r["id"] for r in after])
+    return mean(gains), mean_over_prompts(gains, [r["id"] for r in after])[1]
 
 
 def change(run, name):
@@ -205,16 +205,18 @@ def is_control(run):
 
 
 def companions(run):
-    """The finished runs beside this one that differ in the rewards only, the newest for each set of
-    rewards: the control, the hack, the cure."""
+    """The finished runs beside this one that differ in the rewards only, the newest of each kind:
+    the control (noise), the hack (its first reward alone) and the cure (that and the judge)."""
     own, found = read_run(run).config["flags"], {}
+    proxy = own["rewards"].split(",")[0]
+    kinds = {"noise", proxy, f"{proxy},artifact"} - {own["rewards"]}
     folders = [file.parent for file in Path(run).resolve().parent.glob("*/test.jsonl")]
     for folder in sorted(folders, key=age):
-        config, _, tests, _ = read_run(folder)
-        flags = config["flags"]
+        flags = json.loads((folder / "config.json").read_text())["flags"]
         same = all(flags.get(k) == v for k, v in own.items() if k not in REWARD_FLAGS)
-        if same and flags["rewards"] != own["rewards"] and tests[-1]["step"] == flags["max_steps"]:
-            found[flags["rewards"]] = folder
+        if same and flags["rewards"] in kinds:
+            if read_run(folder).tests[-1]["step"] == flags["max_steps"]:
+                found[flags["rewards"]] = folder
     return list(found.values())
 
 

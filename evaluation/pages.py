@@ -74,7 +74,7 @@ def picture(source, alt=""):
 
 def svg(figure):
     """A matplotlib figure as a drawing inside the page, without background, in the page's colour of
-    text; on a narrow screen it scrolls."""
+    text."""
     import matplotlib.pyplot as plt
 
     buffer = io.StringIO()
@@ -82,7 +82,12 @@ def svg(figure):
     plt.close(figure)
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :].replace("#767676", "currentColor")
-    return Markup('<div class="wide figure">{}</div>').format(Markup(drawing))
+    return scrolling(Markup(drawing))
+
+
+def scrolling(content):
+    """Something wide, at least 700 pixels: on a narrower screen it scrolls."""
+    return Markup('<div class="wide figure">{}</div>').format(content)
 
 
 def word_diff(before, after):

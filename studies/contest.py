@@ -72,7 +72,11 @@ class Config:
 
 
 def result_file(cfg, cure, seed):
-    return Path(cfg.results) / f"{re.sub('[^a-z0-9.]+', '_', cure.lower())}_seed{seed}.json"
+    return Path(cfg.results) / f"{file_name(cure)}_seed{seed}.json"
+
+
+def file_name(text):
+    return re.sub("[^a-z0-9.]+", "_", text.lower())
 
 
 # --- one run ------------------------------------------------------------------------------------
@@ -253,6 +257,14 @@ def contest_figure(results, path):
     plt.close(figure)
 
 
+def print_table(rows, errors):
+    """The table, then the runs that failed: exit code 3 if there are any."""
+    print(markdown(rows))
+    for message in errors:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(3 if errors else 0)
+
+
 def main(cfg):
     # Seeds in the outer loop: a stopped contest has about as many runs of each cure.
     jobs = [
@@ -263,10 +275,7 @@ def main(cfg):
     errors = train_missing(jobs, cfg.workers)
     results = read_results(cfg)
     contest_figure(results, cfg.figure)
-    print(markdown(contest_table(results)))
-    for message in errors:
-        print(f"error: {message}", file=sys.stderr)
-    sys.exit(3 if errors else 0)
+    print_table(contest_table(results), errors)
 
 
 if __name__ == "__main__":

@@ -17,17 +17,15 @@ Read next: docs/results.md, "A calm optimiser"
 
 import json
 import os
-import re
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from evaluation.curves import HACK, OTHERS
-from evaluation.tables import interval, markdown
-from studies.contest import gain, train_missing
+from evaluation.tables import interval
+from studies.contest import file_name, gain, print_table, train_missing
 from training.files import ROOT, atomic
 from training.records import mean
 
@@ -49,7 +47,7 @@ class Config:
 
 def job(cfg, variant, reward, seed):
     """(flags, result file, facts) of one run, for `train_missing`."""
-    name = re.sub("[^a-z0-9.]+", "_", f"{variant} {reward} seed{seed}".lower())
+    name = file_name(f"{variant} {reward} seed{seed}")
     flags = ["--rewards", reward, "--eval-rewards", HELD_OUT[reward], *COMMON.split()]
     flags += [*shlex.split(VARIANTS[variant]), "--seed", str(seed)]
     flags += ["--output-dir", cfg.output_dir, "--run-name", name, "--resume", "latest"]
@@ -136,10 +134,7 @@ def main(cfg):
     errors = train_missing(jobs, cfg.workers)
     results = read_results(jobs)
     figure(results, cfg.figure)
-    print(markdown(table(results)))
-    for message in errors:
-        print(f"error: {message}", file=sys.stderr)
-    sys.exit(3 if errors else 0)
+    print_table(table(results), errors)
 
 
 if __name__ == "__main__":

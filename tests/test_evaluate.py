@@ -118,6 +118,11 @@ def test_the_standard_error_counts_prompts_not_pictures():
     )  # of two opinions, not of six
 
 
+def test_a_prompt_with_many_pictures_counts_as_one_with_few():
+    records = [{"id": i, "tag": "", "s": s} for i, s in (("a", 0.0), ("a", 0.0), ("b", 1.0))]
+    assert evaluate.score_table(records, ["s"])[0]["mean"] == 0.5
+
+
 def test_a_corrupt_picture_costs_one_score(generated, prompts, counting, capsys):
     (generated / "00001/samples/0002.png").write_bytes(b"\x89PNG no more")
     with pytest.raises(SystemExit) as stop:

@@ -15,7 +15,7 @@ from PIL import Image
 from evaluation import figures, hacking, official_scores, pages, wise
 from evaluation.tables import bootstrap, markdown
 from training import pictures
-from training.records import json_line, standard_error, write_jsonl
+from training.records import json_line, mean_over_prompts, write_jsonl
 
 
 def picture(color=(200, 10, 10), side=8):
@@ -215,11 +215,11 @@ def test_pictures_are_paired_by_prompt_and_sample():
     assert hacking.paired(before, after, "gold") == (0.25, 0.0)
 
 
-def test_the_standard_error_is_that_of_independent_prompts():
+def test_the_mean_over_prompts_is_that_of_independent_prompts():
     """Prompt means 0 and 1: deviation sqrt(1/2), error 1/2, however many pictures each has."""
     values, prompts = [-0.5, 0.5, 1.0, 1.0, math.nan], ["x", "x", "y", "y", "y"]
-    assert standard_error(values, prompts) == pytest.approx(0.5)
-    assert math.isnan(standard_error([1.0, 2.0], ["x", "x"]))
+    assert mean_over_prompts(values, prompts) == pytest.approx((0.5, 0.5))
+    assert math.isnan(mean_over_prompts([1.0, 2.0], ["x", "x"])[1])
 
 
 def test_paired_differences_take_the_prompts_difficulty_out():
@@ -265,7 +265,7 @@ def test_the_onset_of_hacking_by_its_rule(gold, proxy, expected, tmp_path):
 
 
 @pytest.mark.parametrize("extra, expected", [(0.0, None), (1 / 64, 0)])
-def test_the_onset_needs_more_than_two_standard_errors(extra, expected, tmp_path):
+def test_the_onset_needs_more_than_two_mean_over_promptss(extra, expected, tmp_path):
     """Changes -3/8, -3/8, -3/8, 1/8: mean -1/4, deviation 1/4, standard error 1/8, exactly."""
     after = [1 - 3 / 8 - extra] * 3 + [1 + 1 / 8 - extra]
     run = make_run(tmp_path / "run", [[1.0] * 4, after], [0.1, 0.2])
@@ -303,6 +303,7 @@ def test_the_companions_of_a_run_differ_in_the_rewards_only(tmp_path):
     own = run("own", seed=1, max_steps=1)
     cure = run("cure", seed=1, max_steps=1, rewards="hps,artifact", eval_rewards="gold")
     run("again", seed=1, max_steps=1)  # the same rewards
+    run("third", seed=1, max_steps=1, rewards="hps,pickscore")  # neither hack nor cure
     run("other seed", seed=2, max_steps=1, rewards="noise")
     run("unfinished", seed=1, max_steps=9, rewards="noise")
     assert hacking.companions(own) == [cure]
@@ -430,6 +431,9 @@ def test_a_run_gets_its_figures_and_its_page(tmp_path):
     assert text.count("<svg") == 2 and 'alt=""' not in text
     assert text.index("A +0.35") < text.index("A -0.35")  # the best of a group comes first
     assert (run / "hacking.png").stat().st_size > 10_000
+    config = {"flags": {"num_generations": 2, "rewards": "hps"}}
+    first = figures.groups_of_last_step(run, config, n=1)  # there are two groups
+    assert first.count("data:image/png") == 2 and "hps 1.00" in first
 
 
 # --- pages ----------------------------------------------------------------------------------------

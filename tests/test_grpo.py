@@ -253,9 +253,11 @@ def test_a_run_that_diverges_ends_and_keeps_the_last_good_checkpoint(rate, tmp_p
     )
     _, err = finish(start([*args, *extended, "--learning-rate", rate]), code=3)
     assert "the policy has diverged, and is not saved" in err and "lower --learning-rate" in err
-    for checkpoint in run_folder.checkpoints(tmp_path / "lost"):
-        policy = generate.load_policy(str(checkpoint))
-        assert all(p.isfinite().all() for p in policy.model.parameters())
+    (good,) = run_folder.checkpoints(tmp_path / "lost")
+    assert good.name == "step-000001" and f"{good} is from before it" in err
+    policy = generate.load_policy(str(good))
+    assert all(p.isfinite().all() for p in policy.model.parameters())
+    assert {path.name for path in good.parent.iterdir()} <= {good.name, "step-000002.diverged"}
 
 
 # --- run folders --------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ def test_every_picture_of_the_world_has_codes_and_plain_background_has_one(polic
     assert aligned.mean() > 0.9 and clean.mean() > 0.9
     patches = train_policy.cut_patches(train_policy.to_model(pixels))
     empty = (patches - (240 / 127.5 - 1)).abs().amax(-1) < 0.01
-    (counts,) = [torch.bincount(codes.view(32, 64)[empty])]
+    counts = torch.bincount(codes.view(32, 64)[empty])
     assert counts.max() / counts.sum() > 0.9
 
 

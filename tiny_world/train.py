@@ -1,7 +1,7 @@
 """Makes the whole tiny world from nothing: prompts, policy, reward models, artifact pairs.
 
-Run:   python -m tiny_world.train                  two hours on two slow cores; a stopped training
-                                                   goes on when the command is repeated
+Run:   python -m tiny_world.train                  about two hours; a stopped training goes on when
+                                                   the command is repeated
        python -m tiny_world.train --only dino      one checkpoint
 
 You should see:  a progress bar for each checkpoint, then a line that says how good it is.
@@ -30,27 +30,6 @@ from tiny_world.train_preferences import train_preference
 from tiny_world.world import make_pictures, prompt_rows
 from training.files import ROOT, atomic, usage_error
 from training.records import ARTIFACT_FREE, write_jsonl
-
-
-@dataclass
-class Config:
-    out: str = "tiny_world"  # checkpoints/, prompts/ and pairs/ go here
-    only: str = "prompts,policy,hps,pickscore,dino,artifact,pairs,question"  # stages
-    seed: int = 0  # of every random choice
-
-
-def main(cfg):
-    out, stages = Path(cfg.out), cfg.only.split(",")
-    unknown = set(stages) - STAGES.keys()
-    if unknown:
-        usage_error(f"--only {', '.join(unknown)}: stages are {', '.join(STAGES)}")
-    unfinished = out / "unfinished"  # a stage in work has a folder here; a finished one, a file
-    for stage in stages:
-        if not (unfinished / f"{stage}.done").is_file():
-            STAGES[stage](cfg, out, unfinished / stage)
-            with atomic(unfinished / f"{stage}.done"):
-                pass
-    shutil.rmtree(unfinished)
 
 
 def make_prompts(cfg, out, unfinished):
@@ -137,6 +116,27 @@ STAGES = {
     "pairs": make_pairs,
     "question": find_question,
 }
+
+
+@dataclass
+class Config:
+    out: str = "tiny_world"  # checkpoints/, prompts/ and pairs/ go here
+    only: str = ",".join(STAGES)  # these stages
+    seed: int = 0  # of every random choice
+
+
+def main(cfg):
+    out, stages = Path(cfg.out), cfg.only.split(",")
+    unknown = set(stages) - STAGES.keys()
+    if unknown:
+        usage_error(f"--only {', '.join(unknown)}: stages are {', '.join(STAGES)}")
+    unfinished = out / "unfinished"  # a stage in work has a folder here; a finished one, a file
+    for stage in stages:
+        if not (unfinished / f"{stage}.done").is_file():
+            STAGES[stage](cfg, out, unfinished / stage)
+            with atomic(unfinished / f"{stage}.done"):
+                pass
+    shutil.rmtree(unfinished)
 
 
 if __name__ == "__main__":

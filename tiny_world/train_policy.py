@@ -140,7 +140,7 @@ def build_policy(vq, texts):
     config.text_config.vocab_size = len(processor.tokenizer)
     model = JanusForConditionalGeneration(config)
     model.model.vqmodel.load_state_dict(vq.state_dict())
-    # The language model reads a code through an embedding of 8 numbers: at first, the code itself.
+    # The language model reads a code through an embedding of 16 numbers: at first, the code itself.
     model.model.generation_embeddings.weight.data.copy_(vq.quantize.embedding.weight)
     model.generation_config = GenerationConfig.from_pretrained(folder)
     return Policy(model, processor, "plan {}", torch.float32)

@@ -19,9 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIZE = 32  # pixels; the policy sees 8 x 8 tokens of 4 x 4 pixels
-GRID = (
-    2  # an object's centre lies on every second pixel: a codebook of 512 patches shows it sharply
-)
+GRID = 2  # pixels between the places of objects: so 512 different patches show all of them sharply
 GROUND = np.array((240, 240, 240), np.float32)  # the background colour
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 COLORS = {

@@ -56,14 +56,15 @@ def artifact_free(record):
     return math.nan if math.isnan(clean) else float(clean >= ARTIFACT_FREE)
 
 
-def standard_error(values, prompts):
-    """Of the mean of these values; NaN below two prompts. Pictures of one prompt resemble each
-    other, so it is that of the means of the prompts, which are independent."""
+def mean_over_prompts(values, prompts):
+    """(mean, its standard error; NaN below two prompts) of the means of the prompts. Pictures of
+    one prompt resemble each other; the prompts are independent."""
     by_prompt = defaultdict(list)
     for value, prompt in zip(values, prompts):
         by_prompt[prompt].append(value)
     means = [m for m in map(mean, by_prompt.values()) if math.isfinite(m)]
-    return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    return mean(means), error
 
 
 def test_means(records):
@@ -74,5 +75,5 @@ def test_means(records):
     if "gold-clean" in columns:
         columns["artifact-free"] = [artifact_free(record) for record in records]
     ids = [record["id"] for record in records]
-    errors = {f"{n}/se": standard_error(v, ids) for n, v in columns.items() if "/" not in n}
+    errors = {f"{n}/se": mean_over_prompts(v, ids)[1] for n, v in columns.items() if "/" not in n}
     return {name: mean(values) for name, values in columns.items()} | errors

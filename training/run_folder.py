@@ -167,9 +167,6 @@ class Run:
         self.step += 1
         self.skipped = (self.skipped + 1) * skipped
 
-    def last_checkpoint(self):
-        return next(reversed(checkpoints(self.folder)), None)
-
     def is_due(self, every, last):
         """Is it time for what happens every so many steps, and after the last one?"""
         return self.step % every == 0 or self.step == last

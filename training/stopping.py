@@ -9,6 +9,7 @@ import time
 from collections import Counter
 
 from training.processes import end_processes, gather, rank
+from training.run_folder import checkpoints
 
 MAX_KL = 2.0  # nats per token; the longest runs that made sense stayed below 0.7
 PATIENCE = 5  # steps in a row with a gradient that is not finite, until the run gives up
@@ -35,14 +36,19 @@ class StopSignal:
             give_up("asked to stop", 143)
 
 
-def stop_if_diverged(metrics, step, last):
-    """End the run, with code 3, if this step's policy is lost. It is not saved: the checkpoint from
-    before it, `last` (None if there is none yet), stays the newest."""
-    if metrics["weights_finite"] and metrics["kl_per_token"] <= MAX_KL:  # False for NaN
+def stop_if_diverged(metrics, step, folder):
+    """End the run, with code 3, if the policy is lost; it is not saved. The KL is that of the
+    policy that sampled this step, so a checkpoint of this step is lost, too, and is set aside."""
+    close = metrics["kl_per_token"] <= MAX_KL  # False for NaN
+    if close and metrics["weights_finite"]:
         return
     if rank() == 0:
-        what = f"a KL of {metrics['kl']:.3g} nats" if metrics["weights_finite"] else "NaN weights"
-        kept = f"{last} is from before it" if last else "no checkpoint was saved yet"
+        what = "NaN weights" if close else f"a KL of {metrics['kl']:.3g} nats"
+        lost = folder / "checkpoints" / f"step-{step:06d}"
+        if not close and lost.exists():
+            lost.rename(lost.with_name(f"{lost.name}.diverged"))
+        good = checkpoints(folder)
+        kept = f"{good[-1]} is from before it" if good else "no checkpoint is from before it"
         print(
             f"step {step} has {what}: the policy has diverged, and is not saved; {kept}. Start a "
             "new run with a lower --learning-rate, or a higher --beta",
