@@ -60,7 +60,7 @@ class Config:
     num_generations: int = 8  # G, rollouts of a prompt: the group
     prompts_per_step: int = 16  # P, over all processes
     max_steps: int | None = None  # steps of training [tiny: 60; else 1600]
-    learning_rate: float | None = None  # AdamW's, falls linearly to 0 [tiny: 3e-4; else 1e-6]
+    learning_rate: float | None = None  # AdamW's, falls linearly to 0 [tiny: 2e-4; else 1e-6]
     beta: float | None = None  # weight of the KL to the reference policy [tiny: .02; else .01]
     epsilon: float = 0.2  # clip range below 1
     epsilon_high: float = 0.2  # clip range above 1; DAPO takes .28
@@ -434,9 +434,9 @@ def main(cfg):
             test()
         reason = stopping.what_is_wrong(metrics, run.skipped, rewards.train, cfg.max_failures)
         if reason or run.is_due(cfg.save_steps, cfg.max_steps):
-            run.save()
+            saved = run.save()
         if reason:
-            stopping.give_up(reason, 3)
+            stopping.give_up(reason, 3, saved)
 
     if cfg.best_of:
         with sharding.unsharded(policy, reference):

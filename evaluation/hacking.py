@@ -15,6 +15,7 @@ and the same noise.
 Read next: curves.py
 """
 
+import contextlib
 import json
 import math
 import re
@@ -29,7 +30,7 @@ import numpy as np
 
 from evaluation.tables import interval
 from training.files import usage_error
-from training.records import artifact_free, mean, mean_over_prompts, read_jsonl
+from training.records import artifact_free, mean, mean_over_prompts, read_json, read_jsonl
 from training.run_folder import MAY_DIFFER
 
 # Flags in which two seeds of one experiment may differ: where they ran, not what they computed.
@@ -58,7 +59,7 @@ def read_run(run):
         )
     optional = [run / "metrics.jsonl", run / "best_of_n.jsonl"]
     steps, pool = (read_jsonl(path) if path.is_file() else [] for path in optional)
-    config = json.loads((run / "config.json").read_text())
+    config = read_json(run / "config.json")
     return RunRecords(config, steps, read_jsonl(run / "test.jsonl"), pool)
 
 
@@ -212,7 +213,9 @@ def companions(run):
     kinds = {"noise", proxy, f"{proxy},artifact"} - {own["rewards"]}
     folders = [file.parent for file in Path(run).resolve().parent.glob("*/test.jsonl")]
     for folder in sorted(folders, key=age):
-        flags = json.loads((folder / "config.json").read_text())["flags"]
+        flags = {}
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not our run
+            flags = json.loads((folder / "config.json").read_text())["flags"]
         same = all(flags.get(k) == v for k, v in own.items() if k not in REWARD_FLAGS)
         if same and flags["rewards"] in kinds:
             if read_run(folder).tests[-1]["step"] == flags["max_steps"]:

@@ -11,7 +11,6 @@ large and broken; with the judge they are whole.
 Read next: explain.py
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +23,7 @@ import grpo
 import rewards as reward_lib
 from training.files import atomic, usage_error
 from training.policy import load_policy
-from training.records import mean
+from training.records import mean, read_json
 from training.run_folder import checkpoints
 
 RIGHT = 0.5  # gold of a picture that shows what the prompt says and is whole
@@ -94,7 +93,7 @@ def main(cfg):
     for run in map(Path, cfg.runs):
         if not checkpoints(run):
             usage_error(f"{run}: no checkpoints/step-* in it; give run folders of grpo.py")
-        flags = json.loads((run / "config.json").read_text())["flags"]
+        flags = read_json(run / "config.json")["flags"]
         weights, last = reward_lib.parse(flags["rewards"]), str(checkpoints(run)[-1])
         group = ranked_group(last, weights, flags["combine"], cfg)
         groups.append((f"after GRPO on {flags['rewards']}", group))

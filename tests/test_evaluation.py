@@ -15,11 +15,54 @@ from PIL import Image
 from evaluation import figures, hacking, official_scores, pages, wise
 from evaluation.tables import bootstrap, markdown
 from training import pictures
-from training.records import json_line, mean_over_prompts, write_jsonl
+from training.files import atomic
+from training.records import json_line, mean_over_prompts, read_json, read_jsonl, write_jsonl
 
 
 def picture(color=(200, 10, 10), side=8):
     return Image.new("RGB", (side, side), color)
+
+
+# --- records ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tail", ['{"step": 2, "hp', "\0" * 40, '{"step": 2}\n' + "\0" * 40, "[1"])
+def test_a_line_that_was_cut_off_is_left_out_and_named(tail, tmp_path, capsys):
+    lines = [{"step": 0, "hps": math.nan}, {"step": 1, "hps": 0.5}]
+    (tmp_path / "test.jsonl").write_text("".join(map(json_line, lines)) + tail)
+    rows = read_jsonl(tmp_path / "test.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2][: 2 + ("2}" in tail)]
+    assert math.isnan(rows[0]["hps"])
+    assert "test.jsonl: its last line is cut off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["{half", "[1, 2]", "5", "\0\0", '"text"'])
+def test_a_damaged_line_in_the_middle_is_named_by_its_number(line, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(SystemExit, match="2"):
+        read_jsonl(tmp_path / "a.jsonl")
+    assert "a.jsonl, line 2: no JSON object" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", '{"flags": {', "[]", "\0\0", None])
+def test_a_damaged_config_is_named(content, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        read_json(tmp_path / "config.json")
+    assert "config.json: missing, or no JSON object" in capsys.readouterr().err
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other_and_a_failure_leaves_nothing(tmp_path):
+    path = tmp_path / "a.txt"
+    with atomic(path) as first, atomic(path) as second:
+        first.write("one")
+        second.write("two")
+    assert path.read_text() == "one"  # the last to finish
+    with pytest.raises(RuntimeError), atomic(path) as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
 
 
 # --- official scores ------------------------------------------------------------------------------

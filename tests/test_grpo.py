@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -139,18 +140,48 @@ def test_a_resumed_run_keeps_its_flags(whole_run, capsys):
     assert stop.value.code == 2 and "was started with --learning-rate" in capsys.readouterr().err
 
 
-def test_sigterm_ends_with_a_checkpoint_and_a_second_run_in_the_same_folder_is_refused(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_with_a_checkpoint_and_a_second_run_in_the_same_folder_is_refused(
+    number, tmp_path
+):
     where = ["--output-dir", str(tmp_path), "--run-name", "long", "--save-steps", "1000"]
     process = start([*SMALL, "--max-steps", "1000", *where])
     wait_for_lines(tmp_path / "long/metrics.jsonl", 1, process)
     with pytest.raises(SystemExit):
         run_folder.lock(tmp_path / "long")
     started = time.monotonic()
-    process.terminate()
-    _, err = finish(process, 143)
-    assert time.monotonic() - started < 30 and "asked to stop" in err
-    assert len(run_folder.checkpoints(tmp_path / "long")) == 1
+    process.send_signal(number)
+    _, err = finish(process, 128 + number)
+    (saved,) = run_folder.checkpoints(tmp_path / "long")
+    assert time.monotonic() - started < 30 and f"asked to stop; saved {saved}" in err
+    assert "Traceback" not in err
     run_folder.lock(tmp_path / "long").close()  # the folder is free again
+
+
+def limited(kilobytes, command):
+    """A process whose files cannot grow beyond this size: as on a full disk, a write fails."""
+    script = f"ulimit -f {kilobytes}; exec " + shlex.join(map(str, command))
+    options = dict(cwd=ROOT, capture_output=True, text=True, timeout=240)
+    process = subprocess.run(["bash", "-c", script], **options)
+    assert "Traceback" not in process.stderr
+    return process
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line_and_leaves_nothing(tmp_path):
+    where = ["--output-dir", tmp_path, "--run-name", "full", "--max-steps", "2"]
+    process = limited(500, [sys.executable, "grpo.py", *SMALL, *where])
+    assert process.returncode == 3
+    assert f"error: {tmp_path}/full/checkpoints/step-000002 cannot be saved" in process.stderr
+    assert not list((tmp_path / "full/checkpoints").iterdir())
+    assert len(metrics_of(tmp_path / "full")) == 2
+
+
+def test_a_file_that_cannot_be_written_is_named_in_one_line(tmp_path):
+    code = "import sys; from training.files import atomic\n"
+    code += "with atomic(sys.argv[1]) as file:\n    file.write('a' * 9000)"
+    process = limited(1, [sys.executable, "-c", code, tmp_path / "a.txt"])
+    assert process.returncode == 1 and not list(tmp_path.iterdir())
+    assert process.stderr.startswith(f"error: {tmp_path}/a.txt: File too large; free some space")
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before_it_whole(
@@ -267,7 +298,7 @@ def make_checkpoint(run, step, saved):
     folder = run / f"checkpoints/step-{step:06d}"
     folder.mkdir(parents=True)
     (folder / "state.json").write_text("{}")
-    os.utime(folder / "state.json", (saved, saved))
+    os.utime(folder, (saved, saved))
     return folder
 
 
@@ -296,6 +327,31 @@ def test_checkpoints_have_numbers_and_one_that_was_being_replaced_comes_back(tmp
     assert run_folder.checkpoints(tmp_path) == [kept]
     kept.rename(kept.with_name(".step-000002.old"))  # killed before the new one was in place
     assert run_folder.checkpoints(tmp_path) == [kept] and kept.is_dir()
+
+
+def test_of_damaged_checkpoints_the_last_whole_one_is_taken_and_each_is_named(
+    whole_run, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    whole, last = run_folder.checkpoints(run)
+    assert run_folder.whole_checkpoint(run) == last
+    for name in ("model.safetensors", "optimizer.pt", "state.json"):
+        kept = (last / name).read_bytes()
+        middle = len(kept) // 2
+        for damaged in (kept[:middle], kept[:middle] + b"\0" * 9 + kept[middle + 9 :], b""):
+            (last / name).write_bytes(damaged)
+            assert run_folder.whole_checkpoint(run) == whole
+            assert f"{last}: {name} is damaged" in capsys.readouterr().err
+        (last / name).unlink()
+        assert run_folder.whole_checkpoint(run) == whole
+        (last / name).write_bytes(kept)
+    assert run_folder.whole_checkpoint(run) == last
+    for folder in (whole, last):
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(SystemExit):
+        run_folder.whole_checkpoint(run)
+    assert "no whole checkpoint" in capsys.readouterr().err
 
 
 # --- around the loop ----------------------------------------------------------------------------

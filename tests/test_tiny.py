@@ -206,12 +206,21 @@ def test_every_picture_of_the_world_has_codes_and_plain_background_has_one(polic
     assert counts.max() / counts.sum() > 0.9
 
 
+def test_a_share_of_the_pictures_of_several_objects_lacks_one():
+    rows, scenes, *_ = world.make_pictures(400, 0, seed=1, forgotten=0.25)
+    missing = [len(parse_prompt(row["prompt"])[0]) - len(s) for row, s in zip(rows, scenes)]
+    several = [m for m, s in zip(missing, scenes) if m or len(s) > 1]
+    assert set(missing) == {0, 1} and 0.18 < sum(several) / len(several) < 0.32
+    assert all(scenes)  # no picture of nothing
+
+
 @pytest.mark.slow
 def test_two_steps_of_every_training_loop_leave_checkpoints_that_open(tmp_path):
     from tiny_world import train_dino, train_judge, train_preferences
 
     rows, scenes, pixels, kinds, where = world.make_pictures(300, 0.5, seed=0)
-    vq, ids = train_policy.train_vq(pixels, seed=0, steps=2)
+    vq, typical = train_policy.train_vq(pixels, seed=0, steps=2)
+    ids = train_policy.encode(pixels, typical)
     train_policy.train_policy(vq, ids, rows, scenes, seed=0, steps=2).save(tmp_path / "policy")
     policy = generate.load_policy(str(tmp_path / "policy"))
     images = generate.sample(policy, PROMPTS[:2], [(0, 0, 0, 0), (0, 0, 0, 1)]).images

@@ -6,7 +6,8 @@ likelihood:
 
     loss = mean over tokens of  -log pi(token | the tokens before it)
 
-A share of its training pictures is corrupted, so it produces artifacts, as real models do.
+A share of its training pictures is corrupted, and a share lacks an object. So the policy produces
+artifacts and omits objects, as real models do.
 
 Read next: train_preferences.py
 """
@@ -71,6 +72,12 @@ def typical_patches(pictures, count, rounds=25):
     return typical
 
 
+def encode(pixels, typical):
+    """uint8 pictures (N, 32, 32, 3) -> their codes (N, 64)."""
+    chunks = np.array_split(pixels, len(pixels) // 1000 + 1)
+    return torch.cat([nearest_code(cut_patches(to_model(chunk)), typical) for chunk in chunks])
+
+
 def initial_codes(typical, width):
     """Code vectors (K, width) on the unit sphere: the principal components of the typical patches.
     A constant is added as the last coordinate, so that a pale and a full red, which point the same
@@ -82,8 +89,8 @@ def initial_codes(typical, width):
 
 
 def train_vq(pixels, seed, steps=2000, batch=48, unfinished=None):
-    """A VQ autoencoder: 32 x 32 pixels <-> 8 x 8 codes out of 512. Returns (vq, the codes of these
-    pictures (N, 64)).
+    """A VQ autoencoder: 32 x 32 pixels <-> 8 x 8 codes out of 512. Returns (vq, the typical patch
+    of each code (512, 48)).
 
     Trained end to end, as usual, so small an autoencoder spreads each object over all 64 tokens:
     the plain background, 70 % of the patches, then used 251 of 256 codes, with an entropy of 5.3
@@ -97,8 +104,7 @@ def train_vq(pixels, seed, steps=2000, batch=48, unfinished=None):
     typical = typical_patches(to_model(pixels[:20000]), config.num_embeddings)
     vectors = vq.quantize.embedding.weight
     vectors.data.copy_(initial_codes(typical, config.embed_dim))
-    chunks = np.array_split(pixels, len(pixels) // 1000 + 1)
-    ids = torch.cat([nearest_code(cut_patches(to_model(chunk)), typical) for chunk in chunks])
+    ids = encode(pixels, typical)
     weights = vq.named_parameters()
     training = Training("vq", weights, steps, 2e-3, 0.05, rng, unfinished, betas=BETAS)
     for _ in training:
@@ -114,7 +120,7 @@ def train_vq(pixels, seed, steps=2000, batch=48, unfinished=None):
         training.update(l1 + F.mse_loss(y, x) + 0.02 * encoding, l1=l1, encoded=right)
     with torch.no_grad():
         vectors.copy_(F.normalize(vectors, dim=1))
-    return vq.eval(), ids
+    return vq.eval(), typical
 
 
 # --- the language model -------------------------------------------------------------------------
@@ -167,7 +173,7 @@ def image_loss(policy, prompts, thoughts, dropped, ids):
     return -generate.gather_logprobs(policy.model.model.generation_head(hidden), ids).mean()
 
 
-def train_policy(vq, ids, rows, scenes, seed, steps=7000, batch=32, unfinished=None):
+def train_policy(vq, ids, rows, scenes, seed, steps=6500, batch=32, unfinished=None):
     """Maximum likelihood on given thoughts and pictures (as codes, `ids`), by the same forward pass
     as GRPO's.
 

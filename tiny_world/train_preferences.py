@@ -61,10 +61,13 @@ def perturb(things, relation, rng):
 
 
 def utility(prompt, scene):
-    """How much a picture of this scene is liked: for the right objects, and for much colour, so for
-    large and vivid ones. It is that of the scene, not of the pixels, so it knows nothing of
-    artifacts."""
-    return 4 * alignment(prompt, scene) + 3 * color(scene) / usual_color(len(scene))
+    """How much a picture of this scene is liked: above all for the right objects, and for much
+    colour, so for large and vivid ones. It is that of the scene, not of the pixels, so it knows
+    nothing of artifacts.
+
+    The weights make the textbook curve. With 3 for colour, RL never improves the pictures: all
+    groups differ in colour, and only some in alignment. With 1.5 alignment improves first."""
+    return 4 * alignment(prompt, scene) + 1.5 * color(scene) / usual_color(len(scene))
 
 
 def color(scene):

@@ -325,17 +325,23 @@ def reference_picture(prompt, key=0, style="plain"):
     return to_image(pixels)
 
 
-def make_pictures(n, flawed, seed):
+def make_pictures(n, flawed, seed, forgotten=0.0):
     """n training examples: (rows, scenes, pixels uint8 (n, 32, 32, 3), kinds, where). A share
     `flawed` of the pictures is corrupted. kinds[i] names the fault or is None; where[i], (16,)
-    bool, marks the cells of 8 x 8 pixels in which it shows. All families are equally frequent."""
+    bool, marks the cells of 8 x 8 pixels in which it shows. Of the pictures of several objects, a
+    share `forgotten` lacks one: captions from the web, too, name things that nobody can see, and
+    omitted objects are a known weakness of text-to-image models. All families are equally frequent.
+    """
     rng = random.Random(seed)
     families = prompt_families("train")
     rows, scenes, kinds = [], [], []
     pixels, where = np.empty((n, 32, 32, 3), np.uint8), np.zeros((n, 16), bool)
     for i in range(n):
         rows.append(rng.choice(rng.choice(families)))
-        scenes.append(sample_scene(*parse_prompt(rows[i]["prompt"]), rng))
+        scene = sample_scene(*parse_prompt(rows[i]["prompt"]), rng)
+        if forgotten and len(scene) > 1 and rng.random() < forgotten:
+            scene.pop(rng.randrange(len(scene)))
+        scenes.append(scene)
         picture, kind = draw_perhaps_corrupted(scenes[i], flawed, rng)
         changed = np.abs(picture - draw(scenes[i])).max(-1) > 60
         where[i] = changed.reshape(4, 8, 4, 8).sum((1, 3)).reshape(16) >= 3

@@ -8,20 +8,40 @@ Read next: log.py, which writes them; evaluation/hacking.py, which reads them
 import json
 import math
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 
-from training.files import atomic
+from training.files import atomic, naming, usage_error
 
 ARTIFACT_FREE = 0.5  # a picture counts as artifact-free when its gold-clean reaches this
 
 
 def read_jsonl(path):
-    """Lines of JSON objects -> a list of dicts; null becomes NaN."""
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    return [
-        {name: math.nan if value is None else value for name, value in row.items()} for row in rows
-    ]
+    """Lines of JSON objects -> a list of dicts; null becomes NaN. A last line that is cut off, as a
+    power cut or a full disk leaves it, is left out. Another line that is no object: exit code 2."""
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line or "{}")
+            rows.append({key: math.nan if value is None else value for key, value in row.items()})
+        except (ValueError, AttributeError):
+            if number < len(lines):
+                usage_error(f"{path}, line {number}: no JSON object; mend or delete this line")
+            print(f"{path}: its last line is cut off, and left out", file=sys.stderr)
+    return [row for row in rows if row]
+
+
+def read_json(path):
+    """A file with one JSON object -> a dict. Anything else: exit code 2."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    except (OSError, ValueError):
+        pass
+    usage_error(f"{path}: missing, or no JSON object; restore it, or use another folder")
 
 
 def json_line(record):
@@ -40,7 +60,7 @@ def write_jsonl(path, records):
 
 
 def append_jsonl(path, record):
-    with open(path, "a", encoding="utf-8") as file:
+    with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(json_line(record))
 
 

@@ -17,6 +17,7 @@ import re
 import shlex
 import shutil
 import sys
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,8 +25,8 @@ import torch
 import transformers
 
 from training.files import atomic, usage_error
-from training.processes import broadcast, gather, rank, world_size
-from training.records import read_jsonl
+from training.processes import broadcast, end_processes, gather, rank, world_size
+from training.records import read_json, read_jsonl, write_jsonl
 from training.sharding import full_model_state, full_optimizer_state, load_optimizer_state
 
 # What may differ when a run goes on: where it runs and what it writes, not what it computes, but
@@ -48,6 +49,39 @@ def checkpoints(folder):
     return sorted(path for path in found if re.fullmatch(r"step-\d{6,}", path.name))
 
 
+def crc32(path):
+    value = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(2**24):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def damaged_file(checkpoint):
+    """The name of a file that is not as it was saved, or None."""
+    try:
+        sums = json.loads((checkpoint / "state.json").read_text())["crc32"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return "state.json"
+    for name, value in sums.items():
+        if not (checkpoint / name).is_file() or crc32(checkpoint / name) != value:
+            return name
+
+
+def whole_checkpoint(folder):
+    """The newest checkpoint of a run all of whose files are as they were saved; each damaged one
+    costs a line. Exit code 2 if there is none."""
+    for checkpoint in reversed(checkpoints(folder)):
+        damaged = damaged_file(checkpoint)
+        if not damaged:
+            return checkpoint
+        print(f"{checkpoint}: {damaged} is damaged; taking the one before it", file=sys.stderr)
+    usage_error(
+        f"--resume {folder}: no whole checkpoints/step-* in it; give a run folder, 'latest', or "
+        "start anew with 'never'"
+    )
+
+
 # --- opening ------------------------------------------------------------------------------------
 
 
@@ -68,17 +102,12 @@ def choose_folder(cfg):
     if Path(name).name != name:
         usage_error(f"--run-name {name}: a name, not a path; the folder is made in {root}")
     if cfg.resume not in ("never", "latest"):
-        folder = Path(cfg.resume)
-        if not checkpoints(folder):
-            usage_error(
-                f"--resume {folder}: no checkpoints/step-* in it; give a run folder, 'latest' or "
-                "'never'"
-            )
-        return folder, checkpoints(folder)[-1]
+        return Path(cfg.resume), whole_checkpoint(Path(cfg.resume))
     latest = latest_run(root, name, cfg.max_steps) if cfg.resume == "latest" else None
     if latest:
-        print(f"resuming {latest} from {checkpoints(latest)[-1].name}", flush=True)
-        return latest, checkpoints(latest)[-1]
+        checkpoint = whole_checkpoint(latest)
+        print(f"resuming {latest} from {checkpoint.name}", flush=True)
+        return latest, checkpoint
     folder, number = root / name, 2
     while folder.exists():
         folder, number = root / f"{name}-{number}", number + 1
@@ -94,7 +123,7 @@ def latest_run(root, name, max_steps):
 
     def order(run):
         last = checkpoints(run)[-1]
-        return int(last.name.split("-")[1]) < max_steps, (last / "state.json").stat().st_mtime
+        return int(last.name.split("-")[1]) < max_steps, last.stat().st_mtime
 
     return max((run for run in runs if checkpoints(run)), key=order, default=None)
 
@@ -103,7 +132,7 @@ def check_same_run(folder, cfg):
     """A resumed run keeps its flags; otherwise its log would mix two experiments."""
     if not (folder / "config.json").is_file():
         return
-    then = json.loads((folder / "config.json").read_text())["flags"]
+    then = read_json(folder / "config.json")["flags"]
     now = json.loads(json.dumps(asdict(cfg)))
     for name in sorted(then.keys() - MAY_DIFFER):
         if then[name] != now.get(name):
@@ -135,9 +164,7 @@ def begin_log(folder, start, cfg):
     for name, first in (("metrics.jsonl", start), ("test.jsonl", start + 1 if start else 0)):
         path = folder / name
         if path.exists():
-            lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-            with atomic(path) as file:
-                file.writelines(line for line in lines if json.loads(line)["step"] < first)
+            write_jsonl(path, [row for row in read_jsonl(path) if row["step"] < first])
     config = {
         "flags": asdict(cfg),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -189,25 +216,25 @@ class Run:
     def save(self):
         """checkpoints/step-000100: the policy in the Hugging Face format with a model card, and all
         that an exact resume needs. Written under another name and renamed when complete, so that a
-        kill leaves the previous checkpoint whole. All processes must call it."""
+        kill leaves the previous checkpoint whole. All processes must call it. Returns its path. If
+        it cannot be written, the run ends with exit code 3."""
         weights = full_model_state(self.policy)
         tensors = {"optimizer": full_optimizer_state(self.policy, self.optimizer)}
         tensors |= {name: r.state_dict() for name, r in self.rewards.adversaries.items()}
+        final = self.folder / "checkpoints" / f"step-{self.step:06d}"
         if rank() == 0:
-            final = self.folder / "checkpoints" / f"step-{self.step:06d}"
             partial = final.with_name(f".{final.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            self.policy.save(partial, weights)
-            if self.policy.adapter:  # in a folder of its own: from_pretrained would add it again
-                self.policy.adapter.save_pretrained(partial / "lora")
-            for name, value in tensors.items():
-                torch.save(value, partial / f"{name}.pt")
-            (partial / "README.md").write_text(model_card(self.folder, self.step))
-            state = {"step": self.step, "skipped": self.skipped}
-            state["multipliers"] = self.rewards.multipliers
-            (partial / "state.json").write_text(json.dumps(state))
-            keep_on_disk(partial)
+            try:
+                self.write(partial, weights, tensors)
+            except Exception as error:  # of a full disk, torch and safetensors have their own kinds
+                shutil.rmtree(partial, ignore_errors=True)
+                print(
+                    f"error: {final} cannot be saved ({error}); free some space, then continue "
+                    "from the checkpoint before it with --resume latest",
+                    file=sys.stderr,
+                )
+                end_processes(3)
             if final.exists():  # this step was saved before; until the new one is there, keep it
                 os.replace(final, final.with_name(f".{final.name}.old"))
             os.replace(partial, final)
@@ -215,6 +242,22 @@ class Run:
             for old in checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(old)
         gather([None])  # no process may end before it is written: torchrun would stop the others
+        return final
+
+    def write(self, folder, weights, tensors):
+        folder.mkdir(parents=True)
+        self.policy.save(folder, weights)
+        if self.policy.adapter:  # in a folder of its own: from_pretrained would add it again
+            self.policy.adapter.save_pretrained(folder / "lora")
+        for name, value in tensors.items():
+            torch.save(value, folder / f"{name}.pt")
+        (folder / "README.md").write_text(model_card(self.folder, self.step))
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        state = {"step": self.step, "skipped": self.skipped}
+        state["multipliers"] = self.rewards.multipliers
+        state["crc32"] = {str(path.relative_to(folder)): crc32(path) for path in files}
+        (folder / "state.json").write_text(json.dumps(state))
+        keep_on_disk(folder)
 
 
 def keep_on_disk(folder):
@@ -227,7 +270,7 @@ def keep_on_disk(folder):
 
 def model_card(folder, step):
     """What this checkpoint is: its command, the roles of the rewards, the last test."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     flags, last_test = config["flags"], read_jsonl(folder / "test.jsonl")[-1]
     rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in last_test.items() if "/" not in k)
     return (

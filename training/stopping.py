@@ -16,24 +16,26 @@ PATIENCE = 5  # steps in a row with a gradient that is not finite, until the run
 
 
 class StopSignal:
-    """Remembers SIGTERM, so that the run can end between two steps. A second signal more than
-    ten seconds later ends it at once, without saving. Sooner, it is the same request: a cluster
-    sends it to the process and to its launcher, which passes it on."""
+    """Remembers SIGTERM or Ctrl-C, so that the run can end between two steps. A second signal more
+    than ten seconds later ends it at once, without saving. Sooner, it is the same request: a
+    terminal or a cluster sends it to the process and to its launcher, which passes it on."""
 
     def __init__(self):
-        self.times = []
-        signal.signal(signal.SIGTERM, self.receive)
+        self.time, self.code = None, 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        if self.times and time.monotonic() - self.times[0] > 10:
-            raise SystemExit(143)
-        self.times.append(time.monotonic())
+        code = 128 + number  # what a shell reports for this signal
+        if self.time and time.monotonic() - self.time > 10:
+            raise SystemExit(code)
+        self.time, self.code = self.time or time.monotonic(), self.code or code
 
     def stop_if_requested(self, save):
         """End the run if any process was asked to stop; all processes decide alike."""
-        if any(gather([bool(self.times)])):
-            save()
-            give_up("asked to stop", 143)
+        code = max(gather([self.code]))
+        if code:
+            give_up("asked to stop", code, save())
 
 
 def stop_if_diverged(metrics, step, folder):
@@ -74,11 +76,9 @@ def what_is_wrong(metrics, skipped, rewards, max_failures):
     return ""
 
 
-def give_up(reason, code):
-    """End the run after its checkpoint: exit code 143 if asked to stop, 3 if it cannot go on."""
+def give_up(reason, code, saved):
+    """End the run after its checkpoint: exit code 143 or 130 if asked to stop, 3 if it cannot go
+    on."""
     if rank() == 0:
-        print(
-            f"{reason}; stopped after saving a checkpoint; continue with --resume latest",
-            file=sys.stderr,
-        )
+        print(f"{reason}; saved {saved}; continue with --resume latest", file=sys.stderr)
     end_processes(code)
