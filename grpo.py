@@ -9,9 +9,8 @@ arXiv:2505.00703):
     loss = mean over tokens of  -min(rho A, clip(rho, 1-eps_low, 1+eps_high) A) + beta k3
     rho  = pi(token) / pi_old(token),   k3 = exp(d) - d - 1  with  d = log pi_ref - log pi
 
-The policy learns what the reward model *measures*, not what it was meant to measure. That
-difference is the subject: `--rewards` train the policy, `--eval-rewards` are held out, and no
-reward is ever both.
+The policy learns what the reward model *measures*, not what it was meant to measure. To see the
+difference, `--rewards` train the policy, `--eval-rewards` are held out, and no reward is both.
 
 Run:   torchrun grpo.py --rewards hps,artifact    the tiny world: minutes on two CPU cores
        torchrun grpo.py --rewards hps             the same without the cure: gold falls
@@ -19,8 +18,7 @@ Run:   torchrun grpo.py --rewards hps,artifact    the tiny world: minutes on two
        torchrun --nproc-per-node 8 grpo.py --model deepseek-community/Janus-Pro-1B
 
 You should see:  a progress bar with the rewards; every 10 steps a line with test scores, where hps
-rises and the share of artifact-free pictures (by gold) does not fall; at the end
-runs/<name>/hacking.png and report.html.
+rises, and gold, too; at the end runs/<name>/hacking.png and report.html.
 
 Left out: a value network, a KL in the reward, learned critics.   Read next: generate.py
 """
@@ -60,7 +58,8 @@ class Config:
     num_generations: int = 8  # G, rollouts of a prompt: the group
     prompts_per_step: int = 16  # P, over all processes
     max_steps: int | None = None  # steps of training [tiny: 60; else 1600]
-    learning_rate: float | None = None  # AdamW's, falls linearly to 0 [tiny: 2e-4; else 1e-6]
+    learning_rate: float | None = None  # AdamW's highest, falls to 0 [tiny: 2.5e-4; else 1e-6]
+    warmup_ratio: float | None = None  # share of the steps in which it rises [tiny: .33; else 0]
     beta: float | None = None  # weight of the KL to the reference policy [tiny: .02; else .01]
     epsilon: float = 0.2  # clip range below 1
     epsilon_high: float = 0.2  # clip range above 1; DAPO takes .28
@@ -132,15 +131,15 @@ def group_advantages(total_N, group_size, divide="group"):
     centered = torch.where(known & (highest > lowest), reward - mean, 0.0)
     if divide == "group":
         std = (centered.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-        return (centered / (std + 1e-4)).view(-1)
-    if divide == "global":
+    elif divide == "global":
         finite = total_N[total_N.isfinite()]
         std = finite.std() if len(finite) > 1 else torch.zeros(())
-        return (centered / (std + 1e-4)).view(-1)
-    if divide == "best":
+    elif divide == "best":
         best = torch.nn.functional.one_hot(centered.argmax(1), group_size)
         return (best * (centered > 0)).float().view(-1)
-    return centered.view(-1)
+    else:
+        return centered.view(-1)
+    return (centered / (std + 1e-4)).view(-1)
 
 
 def kl_k3(logprobs, reference_logprobs):
@@ -168,9 +167,12 @@ def grpo_loss(logprobs_NS, old_NS, reference_NS, advantages_N, mask_NS, beta, ep
 
 
 def learning_rate(step, cfg):
-    """Linear decay to 0, as T2I-R1 (the Trainer's default): at a constant rate the noise of the
-    gradient keeps moving the policy, which costs KL and gains no reward."""
-    return cfg.learning_rate * (1 - step / cfg.max_steps)
+    """Linear warm-up: Adam's first steps are of full size, however little it knows. Then linear
+    decay to 0, as T2I-R1 (the Trainer's default): at a constant rate the noise of the gradient
+    keeps moving the policy, which costs KL and gains no reward."""
+    warmup = int(cfg.warmup_ratio * cfg.max_steps)
+    rising, falling = (step + 1) / (warmup + 1), (cfg.max_steps - step) / (cfg.max_steps - warmup)
+    return cfg.learning_rate * min(rising, falling)
 
 
 def guidance_weights(cfg, policy):
@@ -381,9 +383,8 @@ def load_rewards(cfg, weights, heldout, rows):
     judge = {"judge_urls": cfg.judge_url, "judge_model": cfg.judge_model, "question": cfg.question}
     options = {"artifact": judge, "adversarial": adversary, "adversarial-pickscore": adversary}
     urls = reward_lib.addresses(cfg.rewards) | reward_lib.addresses(cfg.eval_rewards)
-    device = processes.pick_device(cfg.device)[0]
+    device, loaded = processes.pick_device(cfg.device)[0], {}
     checkpoint = "tiny" if cfg.model == "tiny" else None
-    loaded = {}
     for name in [*weights, *heldout]:
         url, flags = urls.get(name), options.get(name, {})
         loaded[name] = reward_lib.load(name, device, checkpoint, url, **flags)
@@ -418,9 +419,8 @@ def main(cfg):
     if run.step == 0:
         test()
     for step in log.steps():
-        jobs = jobs_of_step(rows, step, cfg)
         with sharding.unsharded(policy):
-            rollouts = rollout(policy, rows, jobs, step, cfg)  # G for each prompt
+            rollouts = rollout(policy, rows, jobs_of_step(rows, step, cfg), step, cfg)
         log.clock("rollout")
         stop.stop_if_requested(run.save)  # nothing has changed yet: this step is repeated
         parts = (policy, reference, rewards, optimizer)

@@ -438,6 +438,8 @@ BAD_USAGE = [
     ("--rewards hsp", "unknown reward 'hsp'"),
     ("--rewards hps:much", "is no number"),
     ("--num-generations 1", "a group of one"),
+    ("--warmup-ratio 1", "from 0 to below 1"),
+    ("--warmup-ratio nan", "from 0 to below 1"),
     ("--rewards gold", "cannot be held out"),
     ("--rewards hps,edges", "can only be in --eval-rewards"),
     ("--rewards hps,artifact:200 --combine mean", "uses no weights"),

@@ -235,10 +235,14 @@ def test_the_optimizer_is_adamw_without_weight_decay(policy, config):
     assert list(map(id, group["params"])) == list(map(id, trainable(policy)))
 
 
-def test_the_learning_rate_falls_linearly_to_zero(config):
-    cfg = config(learning_rate=4e-4, max_steps=4)
-    rates = [grpo.learning_rate(step, cfg) for step in range(4)]
-    assert rates == pytest.approx([4e-4, 3e-4, 2e-4, 1e-4])
+def test_the_learning_rate_rises_then_falls_linearly_to_zero(config):
+    def rates(warmup_ratio, max_steps):
+        cfg = config(learning_rate=12e-4, max_steps=max_steps, warmup_ratio=warmup_ratio)
+        return [1e4 * grpo.learning_rate(step, cfg) for step in range(max_steps)]
+
+    assert rates(0, 4) == pytest.approx([12, 9, 6, 3])
+    assert rates(0.34, 9) == pytest.approx([3, 6, 9, 12, 10, 8, 6, 4, 2])
+    assert rates(0.33, 1) == pytest.approx([12])  # too short for a warm-up
 
 
 # --- a whole step, with rewards that are known --------------------------------------------------
@@ -262,7 +266,7 @@ def known_rewards(weights, **loaded):
 
 def test_a_step_scores_combines_and_updates(policy, small_batch, config):
     rollouts, _ = small_batch
-    cfg = config(learning_rate=1e-2, max_steps=4, num_generations=4, combine="sum")
+    cfg = config(learning_rate=1e-2, warmup_ratio=0, max_steps=4, num_generations=4)
     a = Known(1.0, 2.0, 3.0, 4.0, 0.0, 0.0, 0.0, 1.0)
     b = Known(*[0.5] * 4, 1.0, 2.0, 3.0, 4.0)
     truth = Known(*range(8))

@@ -14,7 +14,8 @@ PRESETS = {
         "prompts": str(ROOT / "tiny_world/prompts/train.jsonl"),
         "test_prompts": str(ROOT / "tiny_world/prompts/test.jsonl"),
         "max_steps": 60,
-        "learning_rate": 2e-4,
+        "learning_rate": 2.5e-4,
+        "warmup_ratio": 0.33,
         "beta": 0.02,
     },
     "real": {
@@ -23,6 +24,7 @@ PRESETS = {
         "test_prompts": str(ROOT / "prompts/test.jsonl"),
         "max_steps": 1600,
         "learning_rate": 1e-6,
+        "warmup_ratio": 0.0,
         "beta": 0.01,
     },
 }
@@ -50,6 +52,8 @@ def check_flags(cfg, num_rewards, processes):
         if not getattr(cfg, name) > 0:
             flag = name.replace("_", "-")
             usage_error(f"--{flag} {getattr(cfg, name)}: must be greater than 0")
+    if not 0 <= cfg.warmup_ratio < 1:
+        usage_error(f"--warmup-ratio {cfg.warmup_ratio}: a share of the steps, from 0 to below 1")
     if cfg.num_generations < 2:
         usage_error(
             f"--num-generations {cfg.num_generations}: a group of one has no baseline; use 4 or "
