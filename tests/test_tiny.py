@@ -220,8 +220,9 @@ def test_two_steps_of_every_training_loop_leave_checkpoints_that_open(tmp_path):
 
     rows, scenes, pixels, kinds, where = world.make_pictures(300, 0.5, seed=0)
     vq, typical = train_policy.train_vq(pixels, seed=0, steps=2)
-    ids = train_policy.encode(pixels, typical)
-    train_policy.train_policy(vq, ids, rows, scenes, seed=0, steps=2).save(tmp_path / "policy")
+    examples = train_policy.make_examples(typical, rows, scenes, pixels)
+    steps = dict(seed=0, steps=(2, 2))
+    train_policy.train_policy(vq, examples, examples, **steps).save(tmp_path / "policy")
     policy = generate.load_policy(str(tmp_path / "policy"))
     images = generate.sample(policy, PROMPTS[:2], [(0, 0, 0, 0), (0, 0, 0, 1)]).images
     assert images[0].size == (32, 32)

@@ -25,7 +25,7 @@ from reward_models.clip import HPS, PickScore
 from tiny_world.pairs import sample_with_gold, save_pairs
 from tiny_world.train_dino import train_dino
 from tiny_world.train_judge import train_judge
-from tiny_world.train_policy import encode, train_policy, train_vq
+from tiny_world.train_policy import make_examples, train_policy, train_vq
 from tiny_world.train_preferences import train_preference
 from tiny_world.world import make_pictures, prompt_rows
 from training.files import ROOT, atomic, usage_error
@@ -42,12 +42,11 @@ def splits():
 
 
 def make_policy(cfg, out, unfinished):
-    vq, typical = train_vq(
-        make_pictures(100000, 0.12, cfg.seed)[2], cfg.seed, unfinished=unfinished
-    )
-    rows, scenes, pixels, _, _ = make_pictures(100000, 0.2, cfg.seed + 1, forgotten=0.15)
-    ids = encode(pixels, typical)
-    policy = train_policy(vq, ids, rows, scenes, cfg.seed, unfinished=unfinished)
+    good = make_pictures(100000, 0.12, cfg.seed)
+    worse = make_pictures(40000, 0.2, cfg.seed + 1, forgotten=0.12)
+    vq, typical = train_vq(good[2], cfg.seed, unfinished=unfinished)
+    examples = (make_examples(typical, *pictures[:3]) for pictures in (good, worse))
+    policy = train_policy(vq, *examples, cfg.seed, unfinished=unfinished)
     policy.save(out / "checkpoints" / "policy")
     test = policy_samples(out, "test")
     free = np.mean([sample.clean >= ARTIFACT_FREE for sample in test])
