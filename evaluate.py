@@ -180,6 +180,9 @@ def evaluate_folder(cfg):
     save(records)
     by_tag = len({record["tag"] for record in records}) > 1
     print(markdown(score_table(records, rewards, by_tag)))
+    for name, reward in rewards.items():
+        for reason, count in getattr(reward, "failures", {}).items():
+            print(f"{name}: {count} without a score: {reason}", file=sys.stderr)
     print(f"a line for each picture: {output}")
     sys.exit(3 if any(math.isnan(record[name]) for record in records for name in rewards) else 0)
 

@@ -7,6 +7,7 @@ log-probability)]. artifact_reward.py makes a score of them.   Read next: llava.
 
 import collections
 import itertools
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -19,6 +20,7 @@ from training.weights import load_model, load_part
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"  # where `vllm serve MODEL --port 8000` listens
 TOP = 20  # how many first tokens; servers give at most 20
+NONSENSE = (AttributeError, LookupError, TypeError, ValueError)  # a reply of another form
 
 
 class LocalJudge:
@@ -96,7 +98,9 @@ class ServedJudge:
     def __init__(self, urls, model=None, timeout=60.0, retries=4, concurrency=16):
         # The client does all retries: it waits as the server's Retry-After says, and repeats only
         # what can be repeated. A second loop around it would multiply the waiting.
-        options = dict(api_key="EMPTY", timeout=timeout, max_retries=retries)
+        options = dict(
+            api_key=os.environ.get("OPENAI_API_KEY", "EMPTY"), timeout=timeout, max_retries=retries
+        )
         self.clients = [openai.OpenAI(base_url=url, **options) for url in urls]
         self.failures, self.turns = collections.Counter(), itertools.cycle(self.clients)
         self.pool = ThreadPoolExecutor(concurrency)  # threads, not processes: they only wait
@@ -104,38 +108,39 @@ class ServedJudge:
         for url, client in zip(urls, self.clients):
             try:
                 listed = client.with_options(max_retries=1, timeout=10).models.list()
-            except openai.OpenAIError as problem:
+                served = [str(entry.id) for entry in listed.data]
+            except (openai.OpenAIError, *NONSENSE) as problem:
                 reason = f"no judge answers at {url} ({type(problem).__name__})"
                 start = "`vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8000`"
                 usage_error(f"{reason}; start one with {start}, or give another --judge-url")
-            served = [entry.id for entry in listed.data]
-            self.model = self.model or served[0]
+            self.model = self.model or (served or ["?"])[0]
             if self.model not in served:
-                names = ", ".join(served)
+                names = ", ".join(served) or "no model"
                 usage_error(f"--judge-model {self.model}: {url} serves {names}; name one of these")
 
     def request(self, client, text, images, **options):
-        """The choices in the server's reply; None if the request failed."""
+        """The server's reply; None, and counted, if the request failed."""
         # The text comes first: then all pictures share it as a prefix, and the server caches it.
         content = [{"type": "text", "text": text}]
         try:
             content += [{"type": "image_url", "image_url": {"url": data_url(i)}} for i in images]
             options |= dict(model=self.model, messages=[{"role": "user", "content": content}])
-            return client.chat.completions.create(**options).choices
+            return client.chat.completions.create(**options)
         except (openai.OpenAIError, ValueError) as problem:  # ValueError: no JSON, or no picture
             self.failures[f"{type(problem).__name__}: {str(problem)[:200]}"] += 1
 
     def first_tokens(self, client, question, image):
         """[(token, log-probability)]; empty, and counted as a failure, if the server gave none."""
         options = dict(max_tokens=1, temperature=0.0, logprobs=True, top_logprobs=TOP)
-        choices = self.request(client, question, [image], **options)
-        if choices is None:
+        reply = self.request(client, question, [image], **options)
+        if reply is None:
             return []
-        tokens = choices[0].logprobs if choices else None
-        if not (tokens and tokens.content and tokens.content[0].top_logprobs):
+        try:
+            first = reply.choices[0].logprobs.content[0].top_logprobs
+            return [(str(top.token), float(top.logprob)) for top in [first[0], *first[1:]]]
+        except NONSENSE:
             self.failures["the answer came without logprobs"] += 1
             return []
-        return [(top.token, top.logprob) for top in tokens.content[0].top_logprobs]
 
     def answers(self, question, images):
         """`first_tokens` for each picture. The servers take turns."""
@@ -145,5 +150,8 @@ class ServedJudge:
     def write(self, text, images, max_tokens=512, temperature=0.0, seed=0):
         """The model's answer to a text and pictures; "" if there is none."""
         options = dict(max_tokens=max_tokens, temperature=temperature, seed=seed)
-        choices = self.request(next(self.turns), text, images, **options)
-        return (choices[0].message.content if choices else None) or ""
+        reply = self.request(next(self.turns), text, images, **options)
+        try:
+            return reply.choices[0].message.content or ""
+        except NONSENSE:
+            return ""

@@ -115,6 +115,8 @@ def test_a_checkpoint_opens_with_from_pretrained_and_has_moved(whole_run, policy
     trained = JanusForConditionalGeneration.from_pretrained(folder)
     pairs = zip(trained.named_parameters(), policy.model.parameters())
     moved = {name for (name, a), b in pairs if not torch.equal(a, b)}
+    again = generate.load_policy(str(whole_run)).model.state_dict()  # a run: its last checkpoint
+    assert all(torch.equal(again[name], p) for name, p in trained.named_parameters())
     assert moved == {name for name, p in policy.model.named_parameters() if p.requires_grad}
 
 

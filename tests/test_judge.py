@@ -156,16 +156,18 @@ class Judge(http.server.BaseHTTPRequestHandler):
     """An OpenAI-compatible server. `behaviour`: number of a request (from 0) -> what happens."""
 
     behaviour, requests, times, lock = staticmethod(lambda n: "good"), [], [], threading.Lock()
+    models, key = {"object": "list", "data": [{"id": "qwen", "object": "model"}]}, None
 
     def log_message(self, *_):
         pass
 
     def reply(self, status, body, headers=()):
-        data = json.dumps(body).encode()
+        page = isinstance(body, bytes)
+        data = body if page else json.dumps(body).encode()
         self.send_response(status)
         for name, value in [
             ("Content-Length", str(len(data))),
-            ("Content-Type", "application/json"),
+            ("Content-Type", "text/html" if page else "application/json"),
             *headers,
         ]:
             self.send_header(name, value)
@@ -173,13 +175,8 @@ class Judge(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        self.reply(
-            200,
-            {
-                "object": "list",
-                "data": [{"id": "qwen", "object": "model", "created": 0, "owned_by": "us"}],
-            },
-        )
+        Judge.key = self.headers["Authorization"]
+        self.reply(200, Judge.models)
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -207,6 +204,15 @@ class Judge(http.server.BaseHTTPRequestHandler):
             "none": [],
         }.get(what, GOOD)
         choices = [] if what == "empty" else [self.choice(top)]
+        if what == "html":
+            return self.reply(200, b"<html>a proxy's page</html>")
+        if what == "a list":
+            return self.reply(200, [1, 2])
+        if what == "null logprob":
+            choices[0]["logprobs"]["content"][0]["top_logprobs"][0]["logprob"] = None
+        if what == "no top":
+            choices[0]["logprobs"]["content"][0]["top_logprobs"] = []
+        choices = {"null choices": None, "odd choices": "abc"}.get(what, choices)
         head = {"id": "1", "object": "chat.completion", "created": 0, "model": "qwen"}
         self.reply(200, head | {"choices": choices})
 
@@ -255,6 +261,12 @@ def judged(url, n=1, timeout=0.5, **options):
         ("thinking", 1, "neither yes nor no, but 'So'"),
         ("empty", 1, "without logprobs"),
         ("none", 1, "without logprobs"),
+        ("html", 1, "without logprobs"),
+        ("a list", 1, "without logprobs"),
+        ("null choices", 1, "without logprobs"),
+        ("odd choices", 1, "without logprobs"),
+        ("null logprob", 1, "without logprobs"),
+        ("no top", 1, "without logprobs"),
         ("500", 2, "oops"),
         ("hang", 2, "APITimeoutError"),
         ("half", None, "Error"),
@@ -266,6 +278,21 @@ def test_a_judge_that_gives_no_answer_gives_no_score_and_the_reason_is_kept(
     (score,), failures = judged(server(what), retries=1)
     assert math.isnan(score) and len(failures) == 1 and reason in next(iter(failures))
     assert requests is None or len(Judge.requests) == requests
+
+
+@pytest.mark.parametrize("models", [{"data": []}, {"data": None}, {}, [], b"<html>", {"data": [1]}])
+def test_a_server_that_lists_no_models_is_no_judge(models, server, monkeypatch, capsys):
+    monkeypatch.setattr(Judge, "models", models)
+    with pytest.raises(SystemExit, match="2"):
+        ServedJudge([server()])
+    err = capsys.readouterr().err
+    assert "no judge answers at" in err or "serves no model" in err
+
+
+def test_the_key_of_the_environment_reaches_the_server(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    ServedJudge([server()])
+    assert Judge.key == "Bearer secret"
 
 
 def test_two_errors_and_then_an_answer_is_an_answer(server):

@@ -11,6 +11,7 @@ import torch
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
 from training.files import ROOT, usage_error
+from training.run_folder import checkpoints
 from training.weights import load_model, load_part, readable
 
 # On a Hopper GPU torch 2.13 would choose cuDNN's attention. Its gradient is sometimes NaN under a
@@ -70,6 +71,7 @@ def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_im
     code 2 if there is no such checkpoint, or if it does not fill the model."""
     tiny = ROOT / "tiny_world/checkpoints/policy"
     path = tiny if name_or_path == "tiny" else Path(name_or_path)
+    path = ([path] + checkpoints(path))[-1]
     if (path / "config.json").is_file():
         with readable(f"--model {name_or_path}"):
             kind = json.loads((path / "config.json").read_text()).get("model_type")
