@@ -168,7 +168,7 @@ def test_the_papers_table_for_the_tiny_rewards(capsys):
     run("--pairs", ROOT / "tiny_world/pairs")
     table = list(csv.reader(io.StringIO(capsys.readouterr().out), delimiter="|"))
     accuracy = {row[1].strip(): float(row[6]) for row in table if row[1].strip() in rewards.REWARDS}
-    assert accuracy["hps"] < 0.62 and accuracy["artifact"] > 0.8
+    assert accuracy["hps"] < 0.7 and accuracy["artifact"] > 0.9
 
 
 # --- one against another

@@ -9,6 +9,7 @@ from studies import explain, group_figure
 from training.records import read_jsonl
 
 SMALL = {"num_generations": 4, "prompts_per_step": 2, "max_thought": 40, "device": "cpu"}
+SMALL["warmup_ratio"] = 0.0
 
 
 def test_a_step_is_printed_number_by_number(tmp_path, capsys):
@@ -45,7 +46,7 @@ def test_the_printed_step_is_the_first_step_of_a_run(global_step, tmp_path):
     cfg, step = global_step
     flags = {"rewards": cfg.rewards, "eval_rewards": "gold", "advantage": "global"}
     run = {"output_dir": str(tmp_path), "run_name": "run", "eval_images": 1, "best_of": 0}
-    # The learning rate of the first step is the same whatever max_steps is.
+    # Without a warm-up, the learning rate of the first step is the same whatever max_steps is.
     grpo.main(grpo.Config(**flags, **SMALL, **run, max_steps=1))
     records = read_jsonl(tmp_path / "run/rollouts/step_000000.jsonl")[:4]
     best_first = sorted(records, key=lambda record: -record["advantage"])

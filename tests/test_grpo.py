@@ -24,7 +24,8 @@ from training.records import read_jsonl
 
 SMALL = (
     "--rewards hps,artifact,adversarial --num-generations 2 --prompts-per-step 2 --eval-images 4 "
-    "--best-of 2 --eval-steps 2 --save-steps 2 --max-thought 40 --learning-rate 1e-3 --device cpu"
+    "--best-of 2 --eval-steps 2 --save-steps 2 --max-thought 40 --learning-rate 1e-3 "
+    "--warmup-ratio 0 --device cpu"
 ).split()
 
 
@@ -448,7 +449,7 @@ BAD_USAGE = [
     ("--rewards hps,artifact:2 --combine constrained", "uses no weights"),
     ("--prompts /nowhere", "no such file"),
     ("--max-steps 0", "greater than 0"),
-    ("--resume /nowhere", "no checkpoints"),
+    ("--resume /nowhere", "no whole checkpoints"),
     ("--combine constrained --rewards hps", "needs two rewards"),
     ("--eval-rewards adversarial --rewards hps", "unless it learns"),
     ("--rewards hps,adversarial@http://127.0.0.1:8100", "leave the address out"),

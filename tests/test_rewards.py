@@ -231,7 +231,7 @@ def accuracy(reward, prompts, clean, broken):
 
 def test_hps_is_nearly_blind_to_artifacts_and_the_judge_is_not(hps, artifact):
     """The paper's Table 2 in small: .53 and .80 there."""
-    assert 0.35 < accuracy(hps, *pairs()) < 0.65
+    assert 0.35 < accuracy(hps, *pairs()) < 0.7
     assert accuracy(artifact, *pairs()) > 0.8
 
 
