@@ -26,7 +26,7 @@ from training.policy import load_policy
 from training.records import mean, read_json
 from training.run_folder import checkpoints
 
-RIGHT = 0.75  # gold of a picture that shows all of what the prompt says, and is whole
+RIGHT = 0.8  # gold of a picture that shows all of what the prompt says, and is whole
 
 
 @dataclass
