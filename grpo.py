@@ -13,7 +13,7 @@ The policy learns what the reward model *measures*, not what it was meant to mea
 difference, `--rewards` train the policy, `--eval-rewards` are held out, and no reward is both.
 
 Run:   torchrun grpo.py --rewards hps,artifact    the tiny world: minutes on two CPU cores
-       torchrun grpo.py --rewards hps             the same without the cure: gold falls
+       torchrun grpo.py --rewards hps             without the cure: gold rises, then falls
        torchrun grpo.py --rewards noise           the control: what moves here is drift
        torchrun --nproc-per-node 8 grpo.py --model deepseek-community/Janus-Pro-1B
 

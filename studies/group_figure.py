@@ -5,8 +5,8 @@ frame says what gold says: orange is broken, or not what the prompt asks for.
 
 Run:   python -m studies.group_figure runs/tiny_hps_seed42 "runs/tiny_hps+artifact_seed42"
 
-You should see:  docs/group.png: after training on hps alone the objects of the best pictures are
-large and broken; with the judge they are whole.
+You should see:  docs/group.png: before training some objects are missing; after training on hps
+alone some are superfluous or broken; with the judge fewer are.
 
 Read next: explain.py
 """

@@ -36,9 +36,11 @@ def test_a_line_that_was_cut_off_is_left_out_and_named(tail, tmp_path, capsys):
     assert "test.jsonl: its last line is cut off" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", ["{half", "[1, 2]", "5", "\0\0", '"text"'])
+@pytest.mark.parametrize(
+    "line", ["{half", "[1, 2]", "5", '{"prompt": "caf\u00e9"}', "\0\0", '"text"']
+)
 def test_a_damaged_line_in_the_middle_is_named_by_its_number(line, tmp_path, capsys):
-    (tmp_path / "a.jsonl").write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n')
+    (tmp_path / "a.jsonl").write_bytes(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n'.encode("latin-1"))
     with pytest.raises(SystemExit, match="2"):
         read_jsonl(tmp_path / "a.jsonl")
     assert "a.jsonl, line 2: no JSON object" in capsys.readouterr().err
@@ -63,6 +65,8 @@ def test_two_writers_of_one_file_do_not_disturb_each_other_and_a_failure_leaves_
         file.write("half")
         raise RuntimeError
     assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError, match="another"), atomic(path):
+        open(tmp_path / "another")  # an error about another file keeps its name
 
 
 # --- official scores ------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def naming(path):
     try:
         yield
     except OSError as error:
-        error.filename = str(path)
+        error.filename = error.filename or str(path)  # it may be about another file
         raise
 
 

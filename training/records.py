@@ -20,11 +20,11 @@ ARTIFACT_FREE = 0.5  # a picture counts as artifact-free when its gold-clean rea
 def read_jsonl(path):
     """Lines of JSON objects -> a list of dicts; null becomes NaN. A last line that is cut off, as a
     power cut or a full disk leaves it, is left out. Another line that is no object: exit code 2."""
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = Path(path).read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line or "{}")
+            row = json.loads(line or b"{}")
             rows.append({key: math.nan if value is None else value for key, value in row.items()})
         except (ValueError, AttributeError):
             if number < len(lines):

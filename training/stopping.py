@@ -3,6 +3,7 @@
 Read next: run_folder.py
 """
 
+import os
 import signal
 import sys
 import time
@@ -29,6 +30,10 @@ class StopSignal:
         code = 128 + number  # what a shell reports for this signal
         if self.time and time.monotonic() - self.time > 10:
             raise SystemExit(code)
+        if rank() == 0 and not self.time:
+            os.write(
+                2, b"\nasked to stop: it ends after this step; to end at once, ask later again\n"
+            )
         self.time, self.code = self.time or time.monotonic(), self.code or code
 
     def stop_if_requested(self, save):
