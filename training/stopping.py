@@ -31,9 +31,7 @@ class StopSignal:
         if self.time and time.monotonic() - self.time > 10:
             raise SystemExit(code)
         if rank() == 0 and not self.time:
-            os.write(
-                2, b"\nasked to stop: it ends after this step; to end at once, ask later again\n"
-            )
+            os.write(2, b"\nstopping after this step; repeat it in ten seconds to stop at once\n")
         self.time, self.code = self.time or time.monotonic(), self.code or code
 
     def stop_if_requested(self, save):
