@@ -134,8 +134,10 @@ class Adversarial:
     policy's pictures score above the references on average (the released rule for PickScore)."""
 
     range = (-math.inf, math.inf)
+    usual = "-3 to 3"
     needs = ("references",)
     checkpoint = "facebook/dinov2-base"
+    gigabytes = 0.4
     reference = "Adv-GRPO, arXiv:2511.20256"
     tiny_folder = "dino"
 
@@ -167,6 +169,10 @@ class Adversarial:
     def parameters(self):
         """Those that are trained."""
         return list(self.head.parameters())
+
+    def check(self, prompts):
+        """Exit code 2 if a prompt has no reference picture."""
+        self.references.check(prompts)
 
     @torch.no_grad()
     def tokens(self, images):
@@ -274,9 +280,10 @@ class AdversarialPickScore(Adversarial):
     """The paper's other kind: PickScore, whose last vision layers learn (two; the released
     configuration has one). It reads the prompt, and starts from human preferences."""
 
-    range = (0.0, 40.0)
+    range = (-100.0, 100.0)
     needs = ("text", "references")
     checkpoint = "yuvalkirstain/PickScore_v1"
+    gigabytes = 3.9
     tiny_folder = "pickscore"
     layers = 2
 

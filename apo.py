@@ -28,11 +28,11 @@ Left out: the writing model in the tiny world. No model that small can write. A 
 Read next: evaluate.py
 """
 
+import functools
 import hashlib
 import json
 import math
 import random
-import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,13 +42,14 @@ import tyro
 
 from artifact_reward import judge_images, read_question
 from evaluation import pages
+from evaluation.answers import Answers
 from evaluation.best_arm import SELECT, Race, log_likelihoods
 from evaluation.labels import compare, load_examples, with_intervals
 from evaluation.tables import interval, markdown
 from reward_models.judge import DEFAULT_URL, LocalJudge, ServedJudge
 from tiny_world.questions import ScriptedEditor
 from training.decode import file_digest, open_picture
-from training.files import ROOT, atomic, usage_error
+from training.files import ROOT, atomic, fingerprint, usage_error
 from training.processes import pick_device
 from training.records import write_jsonl
 
@@ -90,10 +91,7 @@ class CachedJudge:
     used: keys of all answers that this search needed. calls: those the judge had to give."""
 
     def __init__(self, path, judge, name):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(path, isolation_level=None)  # each answer is saved at once
-        self.db.execute("PRAGMA synchronous = OFF")  # only a power cut could lose answers
-        self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT)")
+        self.memory = Answers(path)
         self.judge, self.name = judge, name
         self.used, self.calls, self.digests, self.damaged = set(), 0, {}, set()
 
@@ -102,14 +100,15 @@ class CachedJudge:
         keys = [f"{self.name}\n{question}\n{self.digest(example)}" for example in examples]
         self.used.update(keys)
         last = dict(zip(keys, range(len(keys))))
-        missing = [i for key, i in last.items() if self.recall(key) is None]
-        if missing:
-            self.calls += len(missing)
-            images = [self.open(examples[i]) for i in missing]
-            for i, score in zip(missing, judge_images(self.judge, question, images)):
+        missing = [i for key, i in last.items() if math.isnan(self.memory.number(key))]
+        self.calls += len(missing)
+        for start in range(0, len(missing), 64):  # saved as it goes: a stop loses few answers
+            batch = missing[start : start + 64]
+            images = [self.open(examples[i]) for i in batch]
+            for i, score in zip(batch, judge_images(self.judge, question, images)):
                 if math.isfinite(score):
-                    self.save(keys[i], repr(1 - score))
-        return np.array([float(self.recall(key) or "nan") for key in keys])
+                    self.memory.save(keys[i], repr(1 - score))
+        return np.array([self.memory.number(key) for key in keys])
 
     def open(self, example):
         """The picture, or None: a damaged one is named once."""
@@ -123,13 +122,6 @@ class CachedJudge:
             self.digests[path] = file_digest(path)
         return self.digests[path]
 
-    def recall(self, key):
-        row = self.db.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone()
-        return row and row[0]
-
-    def save(self, key, value):
-        self.db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, value))
-
 
 # --- the writer: reasons, rewrites, paraphrases -------------------------------------------------
 
@@ -138,22 +130,23 @@ class Writer:
     """A language model behind an OpenAI-compatible server; as in the paper, by default the judge's
     own model."""
 
-    def __init__(self, served, memory):
-        self.served, self.memory = served, memory
+    def __init__(self, served, judge):
+        self.served, self.judge = served, judge  # a CachedJudge, for its memory
 
     def write(self, text, mistakes, rng):
         """What the model writes to this text and these pictures; saved like the judge's answers.
         The seed makes a second reason for the same mistakes differ. "" if it fails."""
         seed = rng.randrange(2**31)
-        parts = [self.served.model, seed, text, [self.memory.digest(e) for e, _ in mistakes]]
+        parts = [self.served.model, seed, text, [self.judge.digest(e) for e, _ in mistakes]]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        answer = self.memory.recall(key)
+        answer = self.judge.memory.recall(key)
         if answer is None:
-            images = [self.memory.open(example) for example, _ in mistakes]  # judged: readable
-            answer = self.served.write(text, images, temperature=0.7, seed=seed)
+            images = [self.judge.open(example) for example, _ in mistakes]  # judged: readable
+            write = functools.partial(self.served.write, text, images, temperature=0.7, seed=seed)
+            (answer,) = self.served.ask([write])
             if answer:
-                self.memory.save(key, answer)
-        return answer.strip().strip('"').strip()
+                self.judge.memory.save(key, answer)
+        return (answer or "").strip().strip('"').strip()
 
     def reason(self, question, mistakes, rng):
         shown = "\n".join(
@@ -256,12 +249,11 @@ def load_judge(cfg):
     """(judge, a name for the memory that changes with its weights)."""
     if cfg.judge_url or cfg.checkpoint == "none":
         judge = ServedJudge(cfg.judge_url or (DEFAULT_URL,), cfg.judge_model)
-        return judge, judge.model
+        return judge, f"{judge.model} at {judge.address}"
     tiny = ROOT / "tiny_world/checkpoints/artifact"
     folder = tiny if cfg.checkpoint == "tiny" else Path(cfg.checkpoint)
-    stats = [(file.name, file.stat()) for file in folder.glob("*.safetensors")]
-    weights = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-    return LocalJudge(str(folder), pick_device("auto")[0]), f"{cfg.checkpoint} {weights}"
+    name = f"{cfg.checkpoint} {fingerprint(folder)}"
+    return LocalJudge(str(folder), pick_device("auto")[0]), name
 
 
 def load_writer(cfg, judge):
@@ -277,7 +269,19 @@ def load_writer(cfg, judge):
     usage_error("a judge in this process answers yes or no, it does not write: give --writer-url")
 
 
+def check_numbers(cfg):
+    for name in ("rounds", "beam", "minibatch", "gradients", "errors", "max_expansion"):
+        if getattr(cfg, name) < 1:
+            flag = name.replace("_", "-")
+            usage_error(f"--{flag} {getattr(cfg, name)}: must be 1 or more")
+    if not 0 < cfg.budget <= 1:
+        usage_error(f"--budget {cfg.budget}: a share of the calls of full, above 0, at most 1")
+    if not (cfg.seeds and cfg.select):
+        usage_error("--seeds and --select: give at least one of each")
+
+
 def main(cfg):
+    check_numbers(cfg)
     first = read_question(cfg.question)
     if refusal(first):
         usage_error(f"--question {first[:60]!r}: {refusal(first)}; ask for yes or no")

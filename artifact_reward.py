@@ -105,8 +105,13 @@ def read_question(text):
         return None
     is_file = os.path.isfile(text)  # Path.is_file raises on a long text
     question = Path(text).read_text(encoding="utf-8") if is_file else text
-    if not question.strip():
-        usage_error(f"--question {text!r}: is empty; write a question that yes or no answers")
+    words = question.split()
+    a_path = len(words) == 1 and "?" not in question or question.endswith(".txt")
+    if not words or (a_path and not is_file):
+        usage_error(
+            f"--question {question[:200]!r}: no such file, and no question; write one that yes or "
+            "no answers"
+        )
     return question.strip()
 
 
@@ -129,6 +134,7 @@ class ArtifactReward:
             self.judge = LocalJudge(checkpoint, device)
         else:
             self.judge = ServedJudge(list(judge_urls) or [DEFAULT_URL], judge_model)
+        self.address = self.judge.address if self.remote else ""
         default = Path(checkpoint or "") / "artifact.txt"  # a judge may bring its own question
         if not (checkpoint and default.is_file()):
             default = ROOT / "prompts/artifact.txt"
@@ -148,7 +154,7 @@ class ArtifactReward:
         """(N,) float32 in [0, 1]; NaN where the judge gave no answer."""
         return torch.tensor(judge_images(self.judge, self.question, list(images)))
 
-    def check(self):
+    def check(self, prompts=()):
         """Before anything is trained on this judge, it must answer yes or no, and score a picture
         that is obviously broken below a clean one. This finds a wrong model, one that thinks aloud
         first, or a server that ignores pictures, at once."""

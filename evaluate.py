@@ -24,6 +24,7 @@ Left out: the detectors of GenEval and T2I-CompBench. Their own scorers read wha
 `generate.py --layout` writes.   Read next: adversarial_reward.py
 """
 
+import functools
 import math
 import sys
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from evaluation import hacking, official_scores, pages, wise
 from evaluation.figures import hacking_figure, report_page
 from evaluation.layouts import find_images
 from evaluation.tables import bootstrap, markdown
+from reward_models import guards
 from reward_models.judge import DEFAULT_URL, ServedJudge
 from training.decode import file_digest, open_picture
 from training.files import atomic, usage_error
@@ -109,9 +111,9 @@ def score_images(matched, rewards, known, save, batch_size=64):
             record |= {"tag": row["tag"], "sample": sample, "sha256": digest}
             old = earlier.get((str(path), digest, row["prompt"]), {})
             new.append(record | still_valid(old, rewards))
-        score_batch(batch, new, rewards)
+        scored = score_batch(batch, new, rewards)
         records += new
-        if start // batch_size % 16 == 15:
+        if scored:
             save(records)
     return records
 
@@ -120,15 +122,18 @@ def still_valid(old, rewards):
     """The scores of an earlier record: those of these rewards only if they are the same rewards,
     with the same checkpoint, judge and question."""
     scored_by = old.get("scored_by", {})
-    valid = {n: by for n, by in scored_by.items() if n not in rewards or rewards[n].identity == by}
+    same = lambda name, by: name not in rewards or guards.scored_by(rewards[name]) == by
+    valid = {name: by for name, by in scored_by.items() if same(name, by)}
     return {name: old[name] for name in valid} | {"scored_by": valid}
 
 
 def score_batch(batch, records, rewards):
-    """Fill in the scores that these records lack; NaN for a picture that cannot be opened."""
-    images = {}
+    """Fill in the scores that these records lack; NaN for a picture that cannot be opened. Returns
+    how many were tried."""
+    images, tried = {}, 0
     for name, reward in rewards.items():
         todo = [i for i, record in enumerate(records) if math.isnan(record.get(name, math.nan))]
+        tried += len(todo)
         images |= {i: open_picture(batch[i][2]) for i in todo if i not in images}
         if todo:
             prompts, rows = [records[i]["prompt"] for i in todo], [batch[i][0] for i in todo]
@@ -137,7 +142,8 @@ def score_batch(batch, records, rewards):
             )
             for i, value in zip(todo, scores[name].tolist()):
                 records[i][name] = value
-                records[i]["scored_by"][name] = reward.identity
+                records[i]["scored_by"][name] = guards.scored_by(reward)
+    return tried
 
 
 def score_table(records, names, by_tag=False):
@@ -176,6 +182,7 @@ def evaluate_folder(cfg):
         new = {record["path"] for record in records}
         write_jsonl(output, [*records, *(r for r in known if r["path"] not in new)])
 
+    guards.say_cut(rewards, [row["prompt"] for row, _, _ in matched])
     records = score_images(matched, rewards, known, save)
     save(records)
     by_tag = len({record["tag"] for record in records}) > 1
@@ -190,7 +197,9 @@ def evaluate_folder(cfg):
 def evaluate_wise(cfg, matched):
     judge = ServedJudge(cfg.judge_url or (DEFAULT_URL,))
     output = Path(cfg.output or f"{Path(cfg.images)}-wise-{cfg.wise}_scores_results.jsonl")
-    write_jsonl(output, wise.judge_folder(judge, cfg.wise, matched))
+    known = read_jsonl(output) if output.is_file() else []
+    save = functools.partial(write_jsonl, output)
+    save(wise.judge_folder(judge, cfg.wise, matched, known, save))
     failed = print_summary(output)
     print(f"judged by {judge.model}, in our wording; a line for each prompt: {output}")
     sys.exit(3 if failed else 0)

@@ -35,9 +35,9 @@ from PIL import Image
 
 from evaluation.exports import export
 from training import cuda_graph
-from training.files import usage_error
+from training.files import fingerprint, usage_error
 from training.pictures import write_pictures
-from training.policy import as_letters, load_policy
+from training.policy import as_letters, checkpoint_folder, load_policy
 from training.processes import pick_device
 from training.prompts import load_prompts
 from training.sharding import cast_frozen_weights
@@ -301,7 +301,8 @@ def to_images(policy, image_ids, chunk=16):
     images = []
     for ids in image_ids.split(chunk):
         filled = torch.nn.functional.pad(ids, (0, 0, 0, chunk - len(ids)))
-        pixels = policy.model.model.vqmodel.decode(filled)[: len(ids)].float()
+        with torch.autocast(policy.device.type, enabled=False):  # in float32
+            pixels = policy.model.model.vqmodel.decode(filled)[: len(ids)]
         pixels = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
         images += [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
     return images
@@ -407,7 +408,7 @@ class Config:
     cot: bool = True  # write a thought before drawing
     cfg_weight: float | None = None  # guidance weight w [the checkpoint's own]
     max_thought: int = 64  # longest thought, in tokens
-    batch_size: int = 32  # pictures at a time
+    batch_size: int | None = None  # pictures at a time [Janus: 32; a diffusers pipeline: 1]
     cuda_graph: bool = True  # on a GPU: record the step of one token and replay it
     limit: int = 0  # only the first prompts; 0 = all
     # geneval: as it is; else also export for this official scorer
@@ -422,21 +423,22 @@ class Config:
 def main(cfg):
     if bool(cfg.prompt) == bool(cfg.prompts):
         usage_error('give one prompt, python generate.py "a red circle", or --prompts FILE')
-    if cfg.num_images < 1 or cfg.batch_size < 1:
-        usage_error(
-            f"--num-images {cfg.num_images} --batch-size {cfg.batch_size}: both must be 1 or more"
-        )
+    if min(cfg.num_images, cfg.batch_size or 1) < 1:
+        usage_error("--num-images and --batch-size must be 1 or more")
     rows = [{"id": "0", "prompt": cfg.prompt, "tag": ""}]
     rows = (load_prompts(cfg.prompts) if cfg.prompts else rows)[: cfg.limit or None]
     device, dtype = pick_device(cfg.device, cfg.dtype)
-    weight, sample_batch = cfg.cfg_weight, None
+    weight, sample_batch, batch_size = cfg.cfg_weight, None, cfg.batch_size or 1
     if cfg.model != "tiny":
         sample_batch = pipeline_sampler(cfg.model, device, dtype, weight)
     if sample_batch is None:
         sample_batch, weight = policy_sampler(cfg, device, dtype)
+        batch_size = cfg.batch_size or 32
     settings = {"seed": cfg.seed, "model": cfg.model, "cfg_weight": weight, "cot": cfg.cot}
+    weights = fingerprint(checkpoint_folder(cfg.model))  # a folder may hold others today
+    settings |= {"max_thought": cfg.max_thought, "dtype": str(dtype), "weights": weights}
     write_pictures(
-        rows, sample_batch, settings, cfg.output_dir, cfg.num_images, cfg.batch_size, cfg.overwrite
+        rows, sample_batch, settings, cfg.output_dir, cfg.num_images, batch_size, cfg.overwrite
     )
     if cfg.layout != "geneval":
         out = f"{cfg.output_dir}-{cfg.layout}"

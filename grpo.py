@@ -35,8 +35,9 @@ from tqdm import tqdm
 import generate
 import rewards as reward_lib
 from adversarial_reward import update_adversaries
-from artifact_reward import ArtifactReward, read_question
+from artifact_reward import read_question
 from evaluation.figures import report_page
+from reward_models import guards
 from reward_models.image_statistics import image_statistics
 from training import checks, processes, run_folder, sharding, stopping
 from training.log import Log, make_records
@@ -289,6 +290,7 @@ def train_step(policy, reference, rewards, optimizer, rollouts, rows, step, cfg,
     # A judge on a server works while we compute these.
     reference_NS = reference_logprobs(policy, reference, rollouts, cfg)
     scores = pending()
+    stopping.check_scores(scores, rewards.train, cfg.max_failures)
     heldout_scores = reward_lib.score(rewards.heldout, *to_score)
     G = cfg.num_generations
     total = reward_lib.combine(scores, rewards.weights, G, cfg.combine, rewards.multipliers)
@@ -313,8 +315,8 @@ def evaluate_policy(policy, reference, rewards, rows, cfg):
     jobs = [(j % len(rows), j // len(rows)) for j in range(cfg.eval_images)]
     jobs = jobs[processes.rank() :: processes.world_size()]
     results = []
-    for start in range(0, len(jobs), cfg.micro_batch):
-        rollouts = rollout(policy, rows, jobs[start : start + cfg.micro_batch], -1, cfg)
+    for start in range(0, len(jobs), cfg.rollout_batch):
+        rollouts = rollout(policy, rows, jobs[start : start + cfg.rollout_batch], -1, cfg)
         batch_rows = [rows[i] for _, _, i, _ in rollouts.keys]
         scores = reward_lib.score(rewards.all, rollouts.prompts, rollouts.images, batch_rows)
         reference_NS = reference_logprobs(policy, reference, rollouts, cfg)
@@ -384,14 +386,13 @@ def load_rewards(cfg, weights, heldout, rows):
     options = {"artifact": judge, "adversarial": adversary, "adversarial-pickscore": adversary}
     urls = reward_lib.addresses(cfg.rewards) | reward_lib.addresses(cfg.eval_rewards)
     device, loaded = processes.pick_device(cfg.device)[0], {}
-    checkpoint = "tiny" if cfg.model == "tiny" else None
+    checkpoint, prompts = "tiny" if cfg.model == "tiny" else None, [row["prompt"] for row in rows]
     for name in [*weights, *heldout]:
-        url, flags = urls.get(name), options.get(name, {})
-        loaded[name] = reward_lib.load(name, device, checkpoint, url, **flags)
-        if isinstance(loaded[name], ArtifactReward):
-            loaded[name].check()
-        if reward_lib.learns(loaded[name]):
-            loaded[name].references.check([row["prompt"] for row in rows])
+        flags = options.get(name, {})
+        loaded[name] = reward_lib.load(name, device, checkpoint, urls.get(name), **flags)
+        if hasattr(loaded[name], "check"):
+            loaded[name].check(prompts)
+    guards.say_cut(loaded, prompts)
     return reward_lib.Rewards(weights, heldout, loaded)
 
 
@@ -402,7 +403,7 @@ def main(cfg):
     weights, heldout = reward_lib.check_roles(cfg.rewards, cfg.eval_rewards, cfg.combine)
     rows, test_rows = checks.check_flags(cfg, len(weights), checks.num_processes(cfg))
     if cfg.dry_run:
-        return print_plan(cfg, checks.num_processes(cfg))
+        return print_plan(cfg, checks.num_processes(cfg), reward_lib.gigabytes(cfg))
     folder, checkpoint, _lock = run_folder.open_run(cfg)  # held while this variable exists
 
     policy, reference = load_policies(cfg, checkpoint)
@@ -410,7 +411,7 @@ def main(cfg):
     optimizer = make_optimizer(policy, cfg)
     run = run_folder.Run(folder, policy, rewards, optimizer, cfg.save_total_limit)
     run.load(checkpoint)  # all but the weights, if there is a checkpoint
-    log, stop = Log(cfg, folder, run.step, weights, heldout), stopping.StopSignal()
+    log, stop = Log(cfg, folder, run.step, rewards), stopping.StopSignal()
 
     def test():
         with sharding.unsharded(policy, reference):
@@ -424,7 +425,8 @@ def main(cfg):
         log.clock("rollout")
         stop.stop_if_requested(run.save)  # nothing has changed yet: this step is repeated
         parts = (policy, reference, rewards, optimizer)
-        scores, metrics = train_step(*parts, rollouts, rows, step, cfg, log.clock)
+        with stopping.rescued(run.save):
+            scores, metrics = train_step(*parts, rollouts, rows, step, cfg, log.clock)
         metrics, records = log.step(step, metrics, policy, rows, rollouts, scores)
         stopping.stop_if_diverged(metrics, step, folder)
         rewards.update_multipliers(records, cfg.combine, cfg.floor)
@@ -432,11 +434,9 @@ def main(cfg):
         if run.is_due(cfg.eval_steps, cfg.max_steps):
             log.rollout_pictures(step, rollouts.images)
             test()
-        reason = stopping.what_is_wrong(metrics, run.skipped, rewards.train, cfg.max_failures)
-        if reason or run.is_due(cfg.save_steps, cfg.max_steps):
-            saved = run.save()
-        if reason:
-            stopping.give_up(reason, 3, saved)
+        stopping.stop_if_wrong(metrics, run.skipped, run.save)
+        if run.is_due(cfg.save_steps, cfg.max_steps):
+            run.save()
 
     if cfg.best_of:
         with sharding.unsharded(policy, reference):

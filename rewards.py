@@ -11,7 +11,7 @@ faults only. `combine` turns several rewards into one number.
 Run:   python rewards.py --list
        python rewards.py --list --verbose         also: the command that downloads or starts each
        python rewards.py score hps,stats outputs/00000/samples/*.png --prompt "a red star"
-       python rewards.py serve hps --host 0.0.0.0    then, elsewhere: --rewards hps@http://HOST:8100
+       python rewards.py serve hps --model real      then: --rewards hps@http://127.0.0.1:8100
 
 You should see:  a line for each reward, with its range and what it needs; then a score for each
 picture. `evaluate.py --images` scores a whole folder.
@@ -23,11 +23,10 @@ Left out: the models; they are in reward_models/, a file for each family.
 Read next: artifact_reward.py
 """
 
+import functools
 import math
 import re
 import sys
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -38,6 +37,7 @@ import tyro
 from adversarial_reward import Adversarial, AdversarialPickScore
 from artifact_reward import ArtifactReward
 from evaluation.tables import markdown
+from reward_models import guards
 from reward_models.clip import HPS, Aesthetic, PickScore
 from reward_models.git import GIT
 from reward_models.grounding_dino import GDino
@@ -45,9 +45,10 @@ from reward_models.image_statistics import STATISTICS, Jpeg, Noise
 from reward_models.imagereward import ImageReward
 from reward_models.llava import ORM, Unified
 from reward_models.maniqa import MANIQAReward
-from reward_models.serving import DeQA, RemoteReward, serve
+from reward_models.serving import DeQA, RemoteReward, announce, serve
 from reward_models.vqascore import VQAScore
 from tiny_world.gold import Gold, GoldAligned, GoldClean
+from training import waiting
 from training.decode import open_picture
 from training.files import ROOT, usage_error
 from training.processes import pick_device
@@ -87,7 +88,11 @@ def load(name, device="cpu", checkpoint=None, url=None, **options):
         usage_error(f"unknown reward {name!r}; known are {', '.join(REWARDS)}")
     if url:
         reward = RemoteReward(name, url)
-        reward.identity = f"{name} at {url}"
+        if reward.tiny and checkpoint != "tiny":
+            usage_error(
+                f"{name}@{url} serves the checkpoint of the tiny world, which knows no other; "
+                f"start it with `python rewards.py serve {name} --model real`"
+            )
         return reward
     kind = REWARDS[name]
     if checkpoint == "tiny":
@@ -95,21 +100,10 @@ def load(name, device="cpu", checkpoint=None, url=None, **options):
         if kind.checkpoint and not checkpoint.is_dir():
             usage_error(f"{name} has no tiny checkpoint; it works with a --model other than tiny")
     reward = kind(device=device, checkpoint=checkpoint, **options)
-    reward.identity = identity(reward, name, checkpoint)
+    reward.identity = guards.identity(reward, name, checkpoint)
+    place = Path(checkpoint or "").resolve()  # ours may also be named by its folder
+    reward.tiny = bool(kind.checkpoint) and ROOT / "tiny_world/checkpoints" in place.parents
     return reward
-
-
-def identity(reward, name, checkpoint):
-    """What a score depends on besides prompt and picture, in words: scores of another checkpoint,
-    judge or question are others, and must not be taken from a file for these."""
-    parts = [name, str(checkpoint or reward.checkpoint or "")]
-    if checkpoint and Path(checkpoint).is_dir():  # the same folder may hold other weights today
-        files = sorted(path for path in Path(checkpoint).rglob("*") if path.is_file())
-        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        parts.append(f"{zlib.crc32(repr(stats).encode()):08x}")
-    if isinstance(reward, ArtifactReward):
-        parts += [reward.question, str(getattr(reward.judge, "model", "")) * reward.remote]
-    return " | ".join(filter(None, parts))
 
 
 # --- names, weights and roles -------------------------------------------------------------------
@@ -150,6 +144,15 @@ def parse_parts(text):
             usage_error(f"rewards {text}: {name!r} is named twice; give it one weight")
         found.append((name, value, url))
     return found
+
+
+def gigabytes(cfg):
+    """GPU memory of the published models that these flags of grpo.py load into its process. A class
+    without the attribute needs none."""
+    if cfg.model == "tiny":
+        return 0.0
+    parts = parse_parts(cfg.rewards) + parse_parts(cfg.eval_rewards)
+    return sum(getattr(REWARDS[name], "gigabytes", 0.0) for name, _, url in parts if not url)
 
 
 def learns(reward):
@@ -229,24 +232,16 @@ def start_scoring(rewards, prompts, images, metadata=None):
     process run when the scores are wanted: running two at once on one machine is slower. A
     reward that raises, or returns another number of scores, ends the run: only a *picture* may
     fail, and is NaN then."""
-    pool = ThreadPoolExecutor(max(1, len(rewards)))
-    pending = {
-        name: pool.submit(reward, prompts, images, metadata)
-        for name, reward in rewards.items()
-        if getattr(reward, "remote", False)
-    }
+    remote = {n: reward for n, reward in rewards.items() if getattr(reward, "remote", False)}
+    calls = [functools.partial(r, prompts, images, metadata) for r in remote.values()]
+    pending = dict(zip(remote, waiting.start(calls, len(calls))))
 
     def finish():
         scores = {}
         for name, reward in rewards.items():
-            remote = name in pending
-            values = pending[name].result() if remote else reward(prompts, images, metadata)
-            values = torch.as_tensor(values, dtype=torch.float32).cpu()
-            if values.shape != (len(images),):
-                shape = tuple(values.shape)
-                raise ValueError(f"reward {name!r} gave {shape} scores for {len(images)} pictures")
-            scores[name] = torch.where(values.isfinite(), values, math.nan)
-        pool.shutdown()
+            future = pending.get(name)  # a remote reward bounds its own time
+            values = future.result() if future else reward(prompts, images, metadata)
+            scores[name] = guards.check_scores(name, reward, values, len(images))
         return scores
 
     return finish
@@ -260,6 +255,7 @@ def score(rewards, prompts, images, metadata=None):
 def score_opened(rewards, prompts, images, metadata=None):
     """`score` for what open_picture gave: NaN from all rewards for None, a damaged file."""
     good, scores = [i for i, image in enumerate(images) if image is not None], {}
+    guards.refuse_photographs(rewards, [images[i] for i in good])
     parts = [[values[i] for i in good] for values in (prompts, images, metadata or prompts)]
     known = score(rewards, *parts[:2], parts[2] if metadata else None) if good else {}
     for name in rewards:
@@ -334,10 +330,12 @@ class Config:
     list: bool = False  # list all rewards
     verbose: bool = False  # list: also how to download each checkpoint or start its server
     prompt: str = ""  # score: the prompt of the pictures
-    model: str = "tiny"  # "tiny" for our checkpoints, "real" for the published ones
+    # "tiny" for our checkpoints, "real" for the published ones [score: tiny; serve: say which]
+    model: Literal["", "tiny", "real"] = ""
     checkpoint: str | None = None  # or a folder of your own
     port: int = 8100  # serve: where to listen
-    host: str = "127.0.0.1"  # serve: 0.0.0.0 lets other machines in
+    host: str = "127.0.0.1"  # serve: 0.0.0.0 lets everybody in who can reach this machine
+    token: str = ""  # serve: answer only those whose environment has it as REWARD_TOKEN
 
 
 def overview(verbose):
@@ -345,6 +343,7 @@ def overview(verbose):
     rows = []
     for name, kind in REWARDS.items():
         row = {"name": name, "range": f"{kind.range[0]:g} to {kind.range[1]:g}"}
+        row["usual"] = getattr(kind, "usual", "")
         row |= {"needs": ", ".join(kind.needs) or "-", "checkpoint": kind.checkpoint or "-"}
         row["reference"] = kind.reference
         if verbose:
@@ -373,13 +372,18 @@ def main(cfg):
         example = 'python rewards.py score hps picture.png --prompt "a red star"'
         usage_error(f"name pictures as well: {example}; for a folder: evaluate.py --images")
     refuse_learners([name for name, *_ in parts])
-    checkpoint = cfg.checkpoint or ("tiny" if cfg.model == "tiny" else None)
+    if cfg.command == "serve" and not (cfg.model or cfg.checkpoint):
+        usage_error(
+            f"serve {cfg.reward}: which weights? --model real (the published ones), --model tiny "
+            "(those of the tiny world) or --checkpoint FOLDER"
+        )
+    checkpoint = cfg.checkpoint or (None if cfg.model == "real" else "tiny")
     device = pick_device("auto")[0]
     loaded = {name: load(name, device, checkpoint, url) for name, _, url in parts}
     if cfg.command == "serve":
         ((name, reward),) = loaded.items()
-        server = serve(name, reward, cfg.port, cfg.host)
-        print(f"use it as --rewards {name}@http://{cfg.host}:{server.server_port}", flush=True)
+        server = serve(name, reward, cfg.port, cfg.host, cfg.token)
+        announce(name, cfg.host, server.server_port, cfg.token)
         return server.serve_forever()
     rows = score_files(loaded, cfg.files, cfg.prompt)
     print(markdown(rows))

@@ -37,8 +37,9 @@ class Race:
         self.examples, self.answers = examples, answers
 
     def run(self, question, upto):
-        """Score this question on the first `upto` pictures; those it has seen cost nothing."""
-        seen, upto = len(self.scores[question]), min(math.ceil(upto), len(self.examples))
+        """Score this question on the first `upto` pictures, at least one; those it has seen cost
+        nothing."""
+        seen, upto = len(self.scores[question]), min(max(1, math.ceil(upto)), len(self.examples))
         if upto > seen:
             new = self.examples[seen:upto]
             broken = np.array([example["broken"] for example in new])

@@ -36,8 +36,19 @@ def published(benchmark):
 
 
 def summarize(path):
-    """An official result file -> (benchmark, dict column -> score, ids without a score)."""
-    text = Path(path).read_text(encoding="utf-8")
+    """An official result file -> (benchmark, dict column -> score, ids without a score). Another
+    file: exit code 2."""
+    try:
+        return read_results(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as problem:
+        usage_error(
+            f"--summarize {path}: not a result file of GenEval, T2I-CompBench, WISE or DPG-Bench "
+            f"({str(problem)[:100]})"
+        )
+
+
+def read_results(text):
+    """The same for the text of the file. Another text: one of many kinds of errors."""
     if "DPG-Bench score:" in text:
         first = text[text.index("L1 category") : text.index("L2 category")]
         columns = {name.title(): float(v) for name, v in re.findall(r"\t(.+): ([\d.]+)", first)}
@@ -59,9 +70,7 @@ def summarize(path):
         return "T2I-CompBench", {"overall": mean(float(row["answer"]) for row in rows)}, []
     if "prompt_id" in fields and fields & {"consistency", "score"}:
         return wise_table(rows)
-    usage_error(
-        f"--summarize {path}: not a result file of GenEval, T2I-CompBench, WISE or DPG-Bench"
-    )
+    raise ValueError(f"its lines have {', '.join(map(str, fields)) or 'no fields'}")
 
 
 def wise_table(rows):

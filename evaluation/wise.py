@@ -14,6 +14,7 @@ expect small differences from the official scores. Calculate.py of WISE can read
 Read next: best_arm.py
 """
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -21,7 +22,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from evaluation.official_scores import HIGHEST, WEIGHTS
-from training.decode import open_picture
+from training import waiting
+from training.decode import file_digest, open_picture
+from training.files import usage_error
 
 
 def instruction(protocol, prompt, explanation):
@@ -31,43 +34,84 @@ def instruction(protocol, prompt, explanation):
 
 
 def read_scores(text, protocol):
-    """The scores in an answer: dict name -> int, or None.
+    """The scores in an answer, as lines or as JSON: dict name -> int, or None.
 
-    None if one is missing, out of range, or given twice with different values.
+    None if one is missing, out of range, or given twice with different values. What a model thinks
+    aloud first, in <think>, does not count.
 
     >>> read_scores("Consistency: 2\\n**Realism**: 1\\nAesthetic Quality: 0", "legacy")
     {'consistency': 2, 'realism': 1, 'aesthetic_quality': 0}
-    >>> read_scores("Score: 10", "verified") is read_scores("I cannot say.", "verified") is None
+    >>> read_scores('<think>Score: 0?</think> {"score": 1.0}', "verified")
+    {'score': 1}
+    >>> read_scores("Score: 8/10", "verified") is read_scores("I cannot say.", "verified") is None
     True"""
+    text = re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
     scores, highest = {}, HIGHEST[f"WISE {protocol}"]
     for name in WEIGHTS[f"WISE {protocol}"]:
-        pattern = rf"\b{name.replace('_', '[ _]')}\**\s*:\s*\**\s*(-?\d+(?:\.\d+)?)"
-        found = re.findall(pattern, text, re.IGNORECASE)
-        if len(set(found)) != 1 or not found[0].isdigit() or int(found[0]) > highest:
+        sign = r"[\s\"'*]*"
+        number = r"(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?"
+        pattern = rf"\b{name.replace('_', '[ _]')}{sign}[:=]{sign}{number}"
+        found = set(re.findall(pattern, text, re.IGNORECASE))
+        values = {float(value) for value, of in found if of in ("", str(highest))}
+        if len(found) != len(values) or len(values) != 1 or not values <= set(range(highest + 1)):
             return None
-        scores[name] = int(found[0])
+        scores[name] = int(values.pop())
     return scores
 
 
-def judge_folder(judge, protocol, matched, attempts=3):
+def judge_folder(judge, protocol, matched, known=(), save=lambda records: None, attempts=3):
     """The score records of a folder in the official format, for the first picture of each prompt.
 
-    judge: has write(text, images, seed) and pool, a thread pool. matched: [(row, k, path)] from
-    layouts.find_images. The scores of a failed picture are NaN."""
-
-    def record_of(first):
-        row, path = first
-        image, scores, answer = open_picture(path), None, "no readable picture"
-        text = instruction(protocol, row["prompt"], row.get("Explanation", ""))
-        for attempt in range(attempts if image else 0):
-            answer = judge.write(text, [image], seed=attempt)
-            scores = read_scores(answer, protocol)
-            if scores:
-                break
-        scores = scores or dict.fromkeys(WEIGHTS[f"WISE {protocol}"], math.nan)
-        ids = {"prompt_id": int(row["id"]), "Subcategory": row["tag"]}
-        return {**ids, **scores, "evaluation": answer}
-
+    judge: a ServedJudge. matched: [(row, k, path)] from layouts.find_images. known: records of an
+    earlier call; those of the same picture, prompt and judge are kept. save(records) is called now
+    and then. The scores of a failed picture are NaN. An id that is no number: exit code 2."""
     firsts = [(row, path) for row, k, path in matched if k == 0]
-    records = judge.pool.map(record_of, firsts)
-    return list(tqdm(records, total=len(firsts), desc=f"WISE, {protocol}"))
+    for row, _ in firsts:
+        if not row["id"].isdecimal():
+            usage_error(
+                f"--wise: id {row['id']!r} is no number; WISE numbers its prompts from 1 on"
+            )
+    names = WEIGHTS[f"WISE {protocol}"]
+    judged = {}
+    for record in known:
+        if all(math.isfinite(record.get(name, math.nan)) for name in names):
+            judged[tuple(record.get(key) for key in KEY)] = record
+    records = []
+    for start in tqdm(range(0, len(firsts), 64), desc=f"WISE, {protocol}, 64 at a time"):
+        heads = [head(row, path, judge.model) for row, path in firsts[start : start + 64]]
+        new = [judged.get(tuple(record[key] for key in KEY)) for record in heads]
+        todo = [i for i, record in enumerate(new) if record is None]
+        calls = [
+            functools.partial(judge_picture, judge, protocol, *firsts[start + i], attempts)
+            for i in todo
+        ]
+        what, each = f"the judge at {judge.address}", judge.each * attempts
+        found = waiting.outcomes(waiting.start(calls), what, each, math.inf)
+        for i, result in zip(todo, found):
+            failed = {**dict.fromkeys(names, math.nan), "evaluation": str(result)}
+            new[i] = heads[i] | (failed if isinstance(result, waiting.Unanswered) else result)
+        records += new
+        save(records)
+    return records
+
+
+KEY = ("prompt_id", "prompt", "sha256", "judge")
+
+
+def head(row, path, model):
+    """What a record says of its picture, prompt and judge."""
+    record = {"prompt_id": int(row["id"]), "Subcategory": row["tag"], "prompt": row["prompt"]}
+    return record | {"sha256": file_digest(path), "judge": model}
+
+
+def judge_picture(judge, protocol, row, path, attempts):
+    """The scores of one picture, and the judge's words."""
+    image, answer = open_picture(path), "no readable picture"
+    text = instruction(protocol, row["prompt"], row.get("Explanation", ""))
+    for attempt in range(attempts if image else 0):
+        # Not at temperature 0 again: a deterministic server would repeat itself.
+        answer = judge.write(text, [image], temperature=0.7 * bool(attempt), seed=attempt)
+        scores = read_scores(answer, protocol)
+        if scores:
+            return scores | {"evaluation": answer}
+    return dict.fromkeys(WEIGHTS[f"WISE {protocol}"], math.nan) | {"evaluation": answer}

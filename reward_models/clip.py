@@ -9,6 +9,7 @@ People who never had to choose between a clean picture and one with artifacts ha
 nothing about artifacts.   Read next: imagereward.py
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -94,7 +95,9 @@ class HPS(Clip):
     within one prompt only, which is what GRPO does within a group."""
 
     range = (-1.0, 1.0)
+    usual = "0.2 to 0.35"
     checkpoint = "xswu/HPSv2"
+    gigabytes = 3.9
     reference = "HPSv2, arXiv:2306.09341"
     file = "HPS_v2.1_compressed.pt"
     how = f"hf download {checkpoint} {file} && hf download {CLIP_H} *.json merges.txt"
@@ -115,8 +118,10 @@ class PickScore(Clip):
     (The code released with ArtifactReward leaves out the temperature of 100. In a plain sum,
     PickScore then counts a hundredth.)"""
 
-    range = (0.0, 40.0)
+    range = (-100.0, 100.0)
+    usual = "18 to 24"
     checkpoint = "yuvalkirstain/PickScore_v1"
+    gigabytes = 3.9
     reference = "PickScore, arXiv:2305.01569"
 
     def __init__(self, device="cpu", checkpoint=None):
@@ -134,9 +139,11 @@ class Aesthetic(Clip):
     About 4 to 7. It never sees the prompt. If it is the only reward in training, every prompt gets
     the same pretty picture."""
 
-    range = (1.0, 10.0)
+    range = (-math.inf, math.inf)
+    usual = "4 to 7"
     needs = ()
     checkpoint = "openai/clip-vit-large-patch14"
+    gigabytes = 1.7
     reference = "github.com/LAION-AI/aesthetic-predictor"
     file = "sa_0_4_vit_l_14_linear.pth"
     how = f"curl -LO https://github.com/LAION-AI/aesthetic-predictor/raw/main/{file}"

@@ -6,11 +6,13 @@ The nouns come from the fields of T2I-R1's training file: `attr_nouns` ("a red a
 desk"), or `nouns` if there are none.   Read next: judge.py
 """
 
+import collections
 import math
 
 import torch
 from transformers import AutoTokenizer
 
+from reward_models.grounding_dino import odd_nouns
 from training.decode import to_rgb
 from training.weights import load_model, load_part
 
@@ -24,6 +26,7 @@ class GIT:
     range = (0.0, 1.0)
     needs = ("nouns",)
     checkpoint = "microsoft/git-large-vqav2"
+    gigabytes = 1.6
     reference = "T2I-R1, arXiv:2505.00703"
 
     def __init__(self, device="cpu", checkpoint=None):
@@ -34,6 +37,7 @@ class GIT:
         self.model = load_model(GitForCausalLM, folder).to(device).eval().requires_grad_(False)
         self.tokenizer = load_part(AutoTokenizer, folder)
         self.processor = load_part(CLIPImageProcessorPil, folder)
+        self.failures = collections.Counter()
         self.yes, self.no = (self.encode(word)[0] for word in ("yes", "no"))
 
     def encode(self, text):
@@ -54,6 +58,10 @@ class GIT:
 
     def __call__(self, prompts, images, metadata=None):
         rows = list(metadata or [{}] * len(images))
+        for i, reason in enumerate(map(odd_nouns, rows)):
+            if reason:
+                self.failures[reason] += 1
+                rows[i] = {}
         skipped = [bool(row.get("spatial_info") or row.get("numeracy_info")) for row in rows]
         nouns = [row.get("attr_nouns") or row.get("nouns") or [] for row in rows]
         jobs = [(i, f"{n}?") for i in range(len(rows)) if not skipped[i] for n in nouns[i]]

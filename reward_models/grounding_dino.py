@@ -7,10 +7,13 @@ compared. What to look for is in the fields of T2I-R1's training file. The first
     numeracy_info   [{"obj_name", "num"}]            mean of right count 1, wrong 0.2, none 0
     nouns           ["cat", "fire engine"]           share of the nouns that are found
 
-A prompt without these fields cannot be checked: NaN. Comments mark the differences from the
-released code (T2I-R1's and ArtifactReward's are the same).   Read next: git.py
+A prompt without these fields, or with odd ones, cannot be checked: NaN. Comments mark the
+differences from the released code (T2I-R1's and ArtifactReward's are the same).
+
+Read next: git.py
 """
 
+import collections
 import math
 
 import torch
@@ -53,6 +56,8 @@ DIRECTIONS = {
     "below": (0, 1),
     "bottom of": (0, 1),
 }
+RELATION = ("obj1", "obj2", "locality")  # the fields of spatial_info
+NEXT = ("next to", "near", "on side of")
 NEAR = 0.4  # 150 of 384 pixels. The released code compares 150 with shares: everything is near.
 
 
@@ -60,9 +65,9 @@ def position(locality, a, b, overlap=0.1):
     """How well "a is `locality` b" holds, in [0, 1].
 
     The centers must differ more along the named axis than across it. An overlap above `overlap`
-    lowers the score in proportion. Unknown words give 0."""
+    lowers the score in proportion. Unknown words give NaN (the released code gives 0)."""
     dx, dy = ((a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1))
-    if any(word in locality for word in ("next to", "near", "on side of")):
+    if any(word in locality for word in NEXT):
         return min(1.0, NEAR / max(abs(dx), abs(dy), 1e-9))
     for word, (x, y) in DIRECTIONS.items():
         if word in locality:
@@ -70,7 +75,33 @@ def position(locality, a, b, overlap=0.1):
             if along <= 0 or along <= across:
                 return 0.0
             return 1.0 if iou(a, b) < overlap else overlap / iou(a, b)
-    return 0.0
+    return math.nan
+
+
+def texts(values):
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def odd_nouns(row):
+    """Why the nouns of a prompt cannot be used, or None. (Of a text, each letter would be one.)"""
+    for field in ("nouns", "attr_nouns"):
+        if not texts(row.get(field) or []):
+            return f"{field} is a list of texts, not {str(row[field])[:60]!r}"
+
+
+def odd_fields(row):
+    """Why the fields of a prompt cannot be used, or None."""
+    if reason := odd_nouns(row):
+        return reason
+    relation, counts = row.get("spatial_info"), row.get("numeracy_info") or []
+    if relation and not (isinstance(relation, dict) and texts([*map(relation.get, RELATION)])):
+        return f"spatial_info has obj1, obj2 and locality, texts; not {str(relation)[:60]!r}"
+    if relation and math.isnan(position(relation["locality"], (0, 0, 0, 0), (1, 1, 1, 1))):
+        return f"locality {relation['locality']!r} is none of {', '.join((*NEXT, *DIRECTIONS))}"
+    for item in counts if isinstance(counts, list) else [None]:
+        named = isinstance(item, dict) and isinstance(item.get("obj_name"), str)
+        if not (named and str(item.get("num")).isdecimal()):
+            return f"numeracy_info has obj_name and num, a number; not {str(counts)[:60]!r}"
 
 
 # --- scores -------------------------------------------------------------------------------------
@@ -90,7 +121,7 @@ def detection_score(found, row):
         for item in row["numeracy_info"]:
             hits = found.get(item["obj_name"], [])
             objects = suppress([box for _, box in hits], [score for score, _ in hits])
-            points += 1.0 if hits and len(objects) == item["num"] else 0.2 if hits else 0.0
+            points += 1.0 if hits and len(objects) == int(item["num"]) else 0.2 if hits else 0.0
         return points / len(row["numeracy_info"])
     if row.get("nouns"):
         return sum(bool(found.get(noun)) for noun in row["nouns"]) / len(row["nouns"])
@@ -124,6 +155,7 @@ class GDino:
     range = (0.0, 1.0)
     needs = ("nouns",)
     checkpoint = "IDEA-Research/grounding-dino-tiny"
+    gigabytes = 0.7
     reference = "T2I-R1, arXiv:2505.00703"
     threshold = 0.3
 
@@ -136,6 +168,7 @@ class GDino:
         self.model.to(device).eval().requires_grad_(False)
         self.tokenizer = load_part(AutoTokenizer, folder)
         self.processor = load_part(pil.GroundingDinoImageProcessorPil, folder)
+        self.failures = collections.Counter()
 
     @torch.inference_mode()
     def detect(self, phrases, images):
@@ -160,10 +193,24 @@ class GDino:
 
     def __call__(self, prompts, images, metadata=None):
         rows, scores = list(metadata or [{}] * len(images)), [math.nan] * len(images)
-        known = [i for i, row in enumerate(rows) if phrases_of(row)]
-        for start in range(0, len(known), 8):
-            batch = known[start : start + 8]
-            found = self.detect([phrases_of(rows[i]) for i in batch], [images[i] for i in batch])
-            for i, detections in zip(batch, found):
-                scores[i] = detection_score(detections, rows[i])
+        by_size = collections.defaultdict(list)  # beside a larger one, a picture would be padded
+        for i, row in enumerate(rows):
+            reason = odd_fields(row) or self.too_long(row)
+            if reason:
+                self.failures[reason] += 1
+            elif phrases_of(row):
+                by_size[images[i].size].append(i)
+        for known in by_size.values():
+            for start in range(0, len(known), 8):
+                batch = known[start : start + 8]
+                phrases = [phrases_of(rows[i]) for i in batch]
+                found = self.detect(phrases, [images[i] for i in batch])
+                for i, detections in zip(batch, found):
+                    scores[i] = detection_score(detections, rows[i])
         return torch.tensor(scores)
+
+    def too_long(self, row):
+        """Why the phrases of a prompt do not fit into the model, or None."""
+        length = len(self.tokenizer(" . ".join(phrases_of(row)) + ".").input_ids)
+        limit = self.model.config.max_text_len
+        return f"{length} tokens of nouns; the model reads {limit}" if length > limit else None

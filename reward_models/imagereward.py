@@ -6,6 +6,7 @@ CLIP encodes picture and text separately. Here every word attends to the picture
 Read next: image_statistics.py
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -58,9 +59,11 @@ def build_mlp(state):
 class ImageReward:
     """ImageReward v1.0 (arXiv:2304.05977), about -2.3 to 2. Prompts are cut at 35 tokens."""
 
-    range = (-3.0, 3.0)
+    range = (-math.inf, math.inf)
+    usual = "-2.3 to 2"
     needs = ("text",)
     checkpoint = "zai-org/ImageReward"
+    gigabytes = 1.8
     reference = "ImageReward, arXiv:2304.05977"
     how = f"hf download {checkpoint} ImageReward.pt && hf download bert-base-uncased vocab.txt"
     mean, deviation, length = 0.16717362830052426, 1.0333394966054072, 35

@@ -6,21 +6,27 @@ log-probability)]. artifact_reward.py makes a score of them.   Read next: llava.
 """
 
 import collections
+import functools
 import itertools
+import math
 import os
-from concurrent.futures import ThreadPoolExecutor
+import sys
+import threading
+import time
 
 import openai
 import torch
 
 from reward_models.pixels import data_url
+from training import waiting
 from training.decode import BadPicture, to_rgb
-from training.files import usage_error
+from training.files import usage_error, without_password
 from training.weights import load_model, load_part
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"  # where `vllm serve MODEL --port 8000` listens
 TOP = 20  # how many first tokens; servers give at most 20
 NONSENSE = (AttributeError, LookupError, TypeError, ValueError)  # a reply of another form
+PAUSE, RETURN = 1.0, 30.0  # seconds before a request is repeated; until a server is tried again
 
 
 class LocalJudge:
@@ -91,26 +97,24 @@ class LocalJudge:
 
 
 class ServedJudge:
-    """One or more OpenAI-compatible servers of one model, which share the work.
+    """One or more OpenAI-compatible servers of one model, which share the work. If one is away, the
+    others do its part; if all are, they are waited for, each request `each` seconds in all.
 
     Reasons of failed requests are counted in `failures`."""
 
-    def __init__(self, urls, model=None, timeout=60.0, retries=4, concurrency=16):
-        # The client does all retries: it waits as the server's Retry-After says, and repeats only
-        # what can be repeated. A second loop around it would multiply the waiting.
-        options = dict(
-            api_key=os.environ.get("OPENAI_API_KEY", "EMPTY"), timeout=timeout, max_retries=retries
-        )
+    def __init__(self, urls, model=None, timeout=60.0, each=waiting.EACH, total=waiting.ALL):
+        # The client repeats what can be repeated, and waits as the server's Retry-After says.
+        options = dict(api_key=os.environ.get("OPENAI_API_KEY", "EMPTY"))
+        options |= dict(timeout=openai.Timeout(timeout, connect=5.0), max_retries=2)
         self.clients = [openai.OpenAI(base_url=url, **options) for url in urls]
-        self.failures, self.turns = collections.Counter(), itertools.cycle(self.clients)
-        self.pool = ThreadPoolExecutor(concurrency)  # threads, not processes: they only wait
-        self.model = model
+        self.failures, self.turns = collections.Counter(), itertools.count()
+        self.away, self.lock = {}, threading.Lock()  # server that does not answer -> since when
+        self.model, self.each, self.total = model, each, total
+        self.address = ", ".join(map(without_password, urls))
         for url, client in zip(urls, self.clients):
-            try:
-                listed = client.with_options(max_retries=1, timeout=10).models.list()
-                served = [str(entry.id) for entry in listed.data]
-            except (openai.OpenAIError, *NONSENSE) as problem:
-                reason = f"no judge answers at {url} ({type(problem).__name__})"
+            served = served_models(client)
+            if isinstance(served, waiting.Unanswered):
+                reason = f"no judge answers at {without_password(url)} ({served})"
                 start = "`vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8000`"
                 usage_error(f"{reason}; start one with {start}, or give another --judge-url")
             self.model = self.model or (served or ["?"])[0]
@@ -118,40 +122,98 @@ class ServedJudge:
                 names = ", ".join(served) or "no model"
                 usage_error(f"--judge-model {self.model}: {url} serves {names}; name one of these")
 
-    def request(self, client, text, images, **options):
-        """The server's reply; None, and counted, if the request failed."""
+    def choose(self):
+        """The server whose turn it is. One that was away is tried again after a while."""
+        now = time.monotonic()
+        here = [c for c in self.clients if now - self.away.get(c, -math.inf) > RETURN]
+        here = here or self.clients
+        return here[next(self.turns) % len(here)]
+
+    def note(self, client, problem):
+        """Remember that a server does not answer (or, without a problem, does); say it once."""
+        with self.lock:
+            changed = bool(problem) != (client in self.away)
+            if problem:
+                self.away[client] = time.monotonic()
+            else:
+                self.away.pop(client, None)
+        if changed:
+            others = "the others do its work" if len(self.clients) > 1 else "waiting for it"
+            state = f"does not answer ({problem}); {others}" if problem else "answers again"
+            print(f"judge {without_password(client.base_url)} {state}", file=sys.stderr)
+
+    def request(self, text, images, **options):
+        """The server's reply. Raises Unanswered with the reason if there is none."""
         # The text comes first: then all pictures share it as a prefix, and the server caches it.
-        content = [{"type": "text", "text": text}]
+        content, end = [{"type": "text", "text": text}], time.monotonic() + self.each
         try:
             content += [{"type": "image_url", "image_url": {"url": data_url(i)}} for i in images]
-            options |= dict(model=self.model, messages=[{"role": "user", "content": content}])
-            return client.chat.completions.create(**options)
-        except (openai.OpenAIError, ValueError) as problem:  # ValueError: no JSON, or no picture
-            self.failures[f"{type(problem).__name__}: {str(problem)[:200]}"] += 1
+        except ValueError as problem:
+            raise waiting.Unanswered(f"no picture to judge: {problem}") from problem
+        options |= dict(model=self.model, messages=[{"role": "user", "content": content}])
+        while True:
+            client = self.choose()
+            try:
+                reply = client.chat.completions.create(**options)
+                self.note(client, None)
+                return reply
+            except (openai.OpenAIError, ValueError) as problem:  # ValueError: the reply is no JSON
+                reason = f"{type(problem).__name__}: {str(problem)[:200]}"
+                if not passes(problem) or time.monotonic() + PAUSE > end:
+                    raise waiting.Unanswered(reason) from problem
+                self.note(client, type(problem).__name__)
+            time.sleep(PAUSE)
 
-    def first_tokens(self, client, question, image):
-        """[(token, log-probability)]; empty, and counted as a failure, if the server gave none."""
+    def first_tokens(self, question, image):
+        """[(token, log-probability)]. Raises Unanswered."""
         options = dict(max_tokens=1, temperature=0.0, logprobs=True, top_logprobs=TOP)
-        reply = self.request(client, question, [image], **options)
-        if reply is None:
-            return []
+        reply = self.request(question, [image], **options)
         try:
             first = reply.choices[0].logprobs.content[0].top_logprobs
             return [(str(top.token), float(top.logprob)) for top in [first[0], *first[1:]]]
-        except NONSENSE:
-            self.failures["the answer came without logprobs"] += 1
-            return []
-
-    def answers(self, question, images):
-        """`first_tokens` for each picture. The servers take turns."""
-        clients, questions = itertools.cycle(self.clients), itertools.repeat(question)
-        return list(self.pool.map(self.first_tokens, clients, questions, images))
+        except NONSENSE as problem:
+            raise waiting.Unanswered("the answer came without logprobs") from problem
 
     def write(self, text, images, max_tokens=512, temperature=0.0, seed=0):
-        """The model's answer to a text and pictures; "" if there is none."""
+        """The model's answer to a text and pictures. Raises Unanswered."""
         options = dict(max_tokens=max_tokens, temperature=temperature, seed=seed)
-        reply = self.request(next(self.turns), text, images, **options)
+        reply = self.request(text, images, **options)
         try:
-            return reply.choices[0].message.content or ""
-        except NONSENSE:
-            return ""
+            return str(reply.choices[0].message.content or "")
+        except NONSENSE as problem:
+            raise waiting.Unanswered("the answer came without a text") from problem
+
+    def ask(self, calls, total=None):
+        """The results of these calls, several at a time; None, and a count in `failures`, for one
+        without an answer."""
+        what, total = f"the judge at {self.address}", total or self.total
+        found = waiting.outcomes(waiting.start(calls), what, self.each, total)
+        for i, result in enumerate(found):
+            if isinstance(result, waiting.Unanswered):
+                self.failures[str(result)] += 1
+                found[i] = None
+        return found
+
+    def answers(self, question, images):
+        """`first_tokens` for each picture; [] where there is no answer."""
+        calls = [functools.partial(self.first_tokens, question, image) for image in images]
+        return [tokens or [] for tokens in self.ask(calls)]
+
+
+def served_models(client):
+    """The names of the models that a server has, or Unanswered."""
+
+    def names():
+        try:
+            listed = client.with_options(max_retries=1, timeout=10).models.list()
+            return [str(entry.id) for entry in listed.data]
+        except (openai.OpenAIError, *NONSENSE) as problem:
+            raise waiting.Unanswered(type(problem).__name__) from problem
+
+    return waiting.outcomes(waiting.start([names]), "a list of models", 30, 30)[0]
+
+
+def passes(problem):
+    """Is the server away, or busy, and the request itself not at fault?"""
+    away = isinstance(problem, openai.APIConnectionError)
+    return away or getattr(problem, "status_code", 0) in (429, 502, 503, 504)

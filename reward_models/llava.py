@@ -7,6 +7,7 @@ Such a checkpoint knows its question from training: another wording is another r
 Read next: vqascore.py
 """
 
+import functools
 import json
 import math
 import re
@@ -150,6 +151,7 @@ class ORM:
     range = (0.0, 1.0)
     needs = ("text",)
     checkpoint = "CaraJ/ORM-T2I-R1"
+    gigabytes = 16.1
     reference = "T2I-R1, arXiv:2505.00703"
     min_share = 0.001  # of yes and no together in the first token; below it their ratio is noise
     question = (  # of its training
@@ -222,15 +224,18 @@ class Unified:
         text = own if checkpoint and own.is_file() else ROOT / "prompts" / "unified.txt"
         self.question = text.read_text(encoding="utf-8").strip()
 
-    @property
-    def failures(self):
-        return self.judge.failures if self.remote else {}
+        self.failures = self.judge.failures if self.remote else Counter()
 
     def __call__(self, prompts, images, metadata=None):
         questions = [self.question.replace("{}", prompt) for prompt in prompts]
         if self.remote:
-            write = lambda text, image: self.judge.write(text, [image], self.max_tokens)
-            texts = self.judge.pool.map(write, questions, images)
+            ask = functools.partial(self.judge.write, max_tokens=self.max_tokens)
+            pairs = zip(questions, images)
+            texts = self.judge.ask([functools.partial(ask, text, [image]) for text, image in pairs])
         else:
             texts = self.judge.write(questions, images, self.max_tokens)
-        return torch.tensor([written_score(text) for text in texts])
+        scores = [written_score(text or "") for text in texts]
+        for text, score in zip(texts, scores):
+            if text is not None and math.isnan(score):
+                self.failures[f"no score from 1 to 5 in the answer {text[:60]!r}"] += 1
+        return torch.tensor(scores)

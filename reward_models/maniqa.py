@@ -210,6 +210,7 @@ class MANIQAReward:
     range = (0.0, 1.0)
     needs = ()
     checkpoint = "IIGROUP/MANIQA"
+    gigabytes = 0.6
     reference = "MANIQA, arXiv:2204.08958"
     file = "ckpt_koniq10k.pt"
     how = f"curl -LO https://github.com/IIGROUP/MANIQA/releases/download/Koniq10k/{file}"

@@ -4,14 +4,18 @@ A reward maps prompts and pictures to numbers, so a server can compute it: PNGs 
 null for a picture without a score. DeQA needs this, because its code needs transformers of 2023. A
 large judge needs it if it does not fit beside the policy. The caller sees no difference:
 
-    python rewards.py serve hps --port 8100
+    python rewards.py serve hps --model real --port 8100
     torchrun grpo.py --rewards hps@http://127.0.0.1:8100,artifact
 
 Imports only what an environment of 2023 has.   Read next: deqa_server.py
 """
 
+import functools
+import hmac
 import json
 import math
+import os
+import socket
 import sys
 import threading
 import time
@@ -22,57 +26,96 @@ import requests
 import torch
 
 from reward_models.pixels import data_url, from_data_url, in_batches
-from training.decode import BadPicture
+from training import waiting
+from training.decode import MAX_PIXELS, BadPicture
 from training.files import usage_error
 
-PROBLEMS = (requests.RequestException, ValueError, KeyError, TypeError)  # of a request or its reply
+PROBLEMS = (requests.RequestException, ValueError, KeyError, TypeError, OverflowError)
+TOKEN = "REWARD_TOKEN"  # environment variable: the word that a server started with --token asks for
 
 
 class RemoteReward:
-    """A reward that is served at `url`. A failed request is repeated; in the end it gives NaN."""
+    """A reward that is served at `url`. A server that is away is waited for, each request `each`
+    seconds in all. NaN, and a count in `failures`, where it gives no score, or no number."""
 
     needs = ("network",)
     checkpoint = None
     remote = True
 
-    def __init__(self, name, url, timeout=300.0, tries=3):
-        self.url, self.timeout, self.tries, self.failures = url, timeout, tries, Counter()
-        try:
-            about = requests.get(f"{url}/about", timeout=10).json()
-            self.range, self.reference = tuple(about["range"]), about["reference"]
-            served = about["name"]
-        except PROBLEMS as problem:
+    def __init__(self, name, url, each=waiting.EACH, total=waiting.ALL):
+        self.url, self.each, self.total, self.failures = url, each, total, Counter()
+        token = os.environ.get(TOKEN)
+        self.headers = {"Authorization": f"Bearer {token}"} if token else {}
+        about = waiting.outcomes(waiting.start([self.about]), f"{name} at {url}", 30, 30)[0]
+        if isinstance(about, waiting.Unanswered):
             usage_error(
-                f"no reward answers at {url} ({type(problem).__name__}); start it there with "
-                f"`python rewards.py serve {name} --port {url.rpartition(':')[2]}`"
+                f"no reward answers at {url} ({about}); start it there with "
+                f"`python rewards.py serve {name} --model real --port {url.rpartition(':')[2]}`"
             )
-        if served != name:
-            usage_error(f"{name}@{url}: serves {served!r}; name that, or give another address")
+        if about["name"] != name:
+            usage_error(f"{name}@{url}: serves {about['name']!r}; name that, or another address")
+        self.range, self.reference = tuple(about["range"]), about["reference"]
+        # Which weights give the scores, and whether they are those of the tiny world.
+        self.identity, self.address = str(about.get("identity") or name), url
+        self.tiny = bool(about.get("tiny"))
+
+    def about(self):
+        """What the server says of itself. Raises Unanswered."""
+        try:
+            reply = requests.get(f"{self.url}/about", headers=self.headers, timeout=10)
+            reply.raise_for_status()
+            about = reply.json()
+            low, high = about["range"]
+            if low <= high and isinstance(about["reference"], str) and about["name"]:
+                return about
+            raise ValueError("no name, range and reference")
+        except PROBLEMS as problem:
+            raise waiting.Unanswered(f"{type(problem).__name__}: {problem}") from problem
 
     def __call__(self, prompts, images, metadata=None):
-        scores, metadata = [], list(metadata or [{}] * len(images))
-        for i in range(0, len(images), 16):
-            batch = slice(i, i + 16)
-            scores += self.request(list(prompts[batch]), images[batch], metadata[batch])
-        return torch.tensor([math.nan if value is None else value for value in scores])
+        metadata = list(metadata or [{}] * len(images))
+        batches = [slice(i, i + 16) for i in range(0, len(images), 16)]
+        parts = [(list(prompts[b]), list(images[b]), metadata[b]) for b in batches]
+        futures = waiting.start([functools.partial(self.request, *part) for part in parts], 1)
+        scores = []
+        found = waiting.outcomes(futures, f"the reward at {self.url}", self.each, self.total)
+        for (_, batch, _), result in zip(parts, found):
+            if isinstance(result, waiting.Unanswered):
+                self.failures[str(result)] += len(batch)
+                result = [math.nan] * len(batch)
+            scores += result
+        return torch.tensor(scores)
 
     def request(self, prompts, images, metadata):
-        """The scores of a batch, a list: numbers, None or NaN."""
+        """The scores of a batch, a list of floats, NaN for null. Raises Unanswered."""
+        end = time.monotonic() + self.each
         pictures = [data_url(image) for image in images]
         body = {"prompts": prompts, "metadata": metadata, "images": pictures}
-        for attempt in range(self.tries):
+        while True:
             try:
-                reply = requests.post(f"{self.url}/score", json=body, timeout=self.timeout)
-                scores = reply.json()["scores"] if reply.ok else []
-                if len(scores) == len(images):
-                    return scores
-                problem = f"{reply.status_code}, {len(scores)} scores for {len(images)} pictures"
-                problem = f"{problem}: {reply.text[:200]}"
-            except PROBLEMS as raised:
-                problem = f"{type(raised).__name__}: {str(raised)[:200]}"
-            time.sleep(0.5 * 2**attempt)
-        self.failures[problem] += len(images)
-        return [math.nan] * len(images)
+                options = dict(json=body, headers=self.headers, timeout=self.each)
+                reply = requests.post(f"{self.url}/score", **options)
+                if reply.status_code not in (429, 502, 503, 504):
+                    return read_scores(reply, len(images))
+                reason = f"the server says {reply.status_code}"
+            except requests.RequestException as problem:
+                reason = f"{type(problem).__name__}: {str(problem)[:200]}"
+            if time.monotonic() + 1 > end:
+                raise waiting.Unanswered(reason)
+            time.sleep(1)
+
+
+def read_scores(reply, number):
+    """The scores in a reply: floats, NaN for null. Raises Unanswered if it has another form."""
+    try:
+        scores = reply.json()["scores"] if reply.ok else None
+        if isinstance(scores, list) and len(scores) == number:
+            if all(v is None or type(v) in (int, float) for v in scores):
+                return [math.nan if value is None else float(value) for value in scores]
+    except PROBLEMS:
+        pass
+    text = f"{reply.status_code}: {reply.text[:200]}"
+    raise waiting.Unanswered(f"no list of {number} scores, but {text}")
 
 
 class DeQA:
@@ -95,18 +138,19 @@ class DeQA:
         return in_batches(lambda _, batch: self.scorer(batch).float(), 8, prompts, images)
 
 
-def open_url(url):
-    """The picture in a data URL; None and a line on stderr if there is none: it gets no score."""
-    try:
-        return from_data_url(url)
-    except BadPicture as problem:
-        print(f"error: a picture that was sent is not readable ({problem})", file=sys.stderr)
+class BadRequest(ValueError):
+    """A request that cannot be answered. `status` is HTTP's number for the reason."""
+
+    def __init__(self, status, reason):
+        super().__init__(reason)
+        self.status = status
 
 
 class ServedReward(BaseHTTPRequestHandler):
-    """Answers the requests of RemoteReward. `serve` sets `reward` and `name`."""
+    """Answers the requests of RemoteReward. `serve` sets `reward`, `name` and `token`."""
 
-    reward, name, lock, max_bytes = None, "", threading.Lock(), 2**28
+    reward, name, token, lock, timeout = None, "", "", threading.Lock(), 60
+    max_bytes, max_pictures = 2**28, 256
 
     def log_message(self, *_):
         pass
@@ -118,32 +162,99 @@ class ServedReward(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    def answer(self, work):
+        """Reply with what work() returns, or with the reason why there is nothing."""
+        given = self.headers.get("Authorization", "")
+        try:
+            if self.token and not hmac.compare_digest(given, f"Bearer {self.token}"):
+                raise BadRequest(401, f"set {TOKEN} to the word that `serve --token` was given")
+            self.reply(200, work())
+        except BadRequest as problem:
+            self.reply(problem.status, {"error": str(problem)})
+        except ConnectionError:
+            pass  # the caller is gone
+        except Exception as problem:  # the reward's own fault; this server goes on
+            self.reply(500, {"error": f"{type(problem).__name__}: {problem}"})
+
     def do_GET(self):
         bounds = [max(-1e9, min(1e9, value)) for value in self.reward.range]  # JSON has no infinity
-        self.reply(200, {"name": self.name, "range": bounds, "reference": self.reward.reference})
+        about = {"name": self.name, "range": bounds, "reference": self.reward.reference}
+        about["identity"] = getattr(self.reward, "identity", "")
+        about["tiny"] = getattr(self.reward, "tiny", False)
+        self.answer(lambda: about)
 
     def do_POST(self):
-        length = int(self.headers.get("Content-Length", 0))
-        if length > self.max_bytes:
-            return self.reply(413, {"error": f"over {self.max_bytes} bytes; send fewer pictures"})
+        self.answer(lambda: {"scores": self.scores(*self.read_request())})
+
+    def read_request(self):
+        """(prompts, pictures, metadata), of the same number; None for a damaged picture."""
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal():
+            raise BadRequest(411, f"Content-Length {length!r}: the number of bytes is needed")
+        if int(length) > self.max_bytes:
+            raise BadRequest(413, f"over {self.max_bytes} bytes; send fewer pictures")
         try:
-            request = json.loads(self.rfile.read(length))
-            images = [open_url(url) for url in request["images"]]
-            prompts, metadata = request["prompts"], request["metadata"]
-            if not len(prompts) == len(images) == len(metadata):
-                raise ValueError("prompts, images and metadata differ in number")
-        except (ValueError, KeyError, TypeError, OSError) as problem:
-            return self.reply(400, {"error": f"{type(problem).__name__}: {problem}"})
+            request = json.loads(self.rfile.read(int(length)))
+            prompts, urls, metadata = (request[n] for n in ("prompts", "images", "metadata"))
+        except (ValueError, KeyError, TypeError, RecursionError, OSError) as problem:
+            raise BadRequest(400, f"{type(problem).__name__}: {problem}") from problem
+        kinds = ((prompts, str), (urls, str), (metadata, dict))
+        if not all(isinstance(v, list) and all(isinstance(x, k) for x in v) for v, k in kinds):
+            raise BadRequest(
+                400, "prompts and images are lists of texts, metadata is one of objects"
+            )
+        if not len(prompts) == len(urls) == len(metadata) <= self.max_pictures:
+            raise BadRequest(
+                400,
+                f"{len(prompts)} prompts, {len(urls)} images and {len(metadata)} metadata: as "
+                f"many of each, {self.max_pictures} at most",
+            )
+        return prompts, self.open_pictures(urls), metadata
+
+    def open_pictures(self, urls):
+        """The pictures of data URLs; None, and a line on stderr, for what is none. All together may
+        have as many pixels as one picture may."""
+        images, pixels = [], 0
+        for url in urls:
+            try:
+                images.append(from_data_url(url))
+                pixels += images[-1].width * images[-1].height
+            except BadPicture as problem:
+                images.append(None)
+                print(
+                    f"error: a picture that was sent is not readable ({problem})", file=sys.stderr
+                )
+            if pixels > MAX_PIXELS:
+                raise BadRequest(413, f"over {MAX_PIXELS:,} pixels; send fewer pictures")
+        return images
+
+    def scores(self, prompts, images, metadata):
+        """A number for each picture; None for one without a score."""
         good, scores = [i for i, image in enumerate(images) if image], [None] * len(images)
         batch = [[values[i] for i in good] for values in (prompts, images, metadata)]
         with self.lock:  # one model, one batch at a time
             values = torch.as_tensor(self.reward(*batch)).tolist() if good else []
         for i, value in zip(good, values):
             scores[i] = value if math.isfinite(value) else None
-        self.reply(200, {"scores": scores})
+        return scores
 
 
-def serve(name, reward, port, host="127.0.0.1"):
-    """A server for one reward; .serve_forever() runs it, .server_port is its port."""
-    handler = type("Handler", (ServedReward,), {"reward": reward, "name": name})
-    return ThreadingHTTPServer((host, port), handler)
+def serve(name, reward, port, host="127.0.0.1", token=""):
+    """A server for one reward; .serve_forever() runs it, .server_port is its port. Exit code 2 if
+    the port is taken. token: only those who send it are answered."""
+    handler = type("Handler", (ServedReward,), {"reward": reward, "name": name, "token": token})
+    try:
+        return ThreadingHTTPServer((host, port), handler)
+    except (OSError, OverflowError) as problem:
+        usage_error(f"--host {host} --port {port}: {problem}; give another --port")
+
+
+def announce(name, host, port, token):
+    """Say how a served reward is used, and who can use it."""
+    open_to_all = host in ("0.0.0.0", "::")
+    address = socket.gethostname() if open_to_all else host
+    print(f"use it as --rewards {name}@http://{address}:{port}", flush=True)
+    if token:
+        print(f"with {TOKEN}={token} in the environment of the program that asks", flush=True)
+    elif open_to_all:
+        print("everybody who can reach this machine may use it; --token WORD closes it", flush=True)

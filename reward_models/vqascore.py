@@ -63,6 +63,7 @@ class VQAScore:
     range = (0.0, 1.0)
     needs = ("text",)
     checkpoint = "zhiqiulin/clip-flant5-xxl"
+    gigabytes = 23.2
     reference = "VQAScore, arXiv:2404.01291"
     # The texts of its training. The instructions, Vicuna's, are not in the checkpoint.
     before = (

@@ -44,7 +44,7 @@ from training.files import ROOT, atomic
 from training.records import mean, read_jsonl
 from training.run_folder import checkpoints
 
-BUDGET = "--max-steps 50 --eval-steps 10 --save-steps 25 --save-total-limit 1 --best-of 0"
+BUDGET = "--eval-steps 10 --save-steps 25 --best-of 0"
 # Measured in every run: held out, unless the run trains on it.
 MEASURED = ("hps", "artifact", "gold", "gold-clean", "gold-aligned")
 # name -> {"from": where the idea is from, "family": of its colour, "flags": of grpo.py}

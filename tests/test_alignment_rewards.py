@@ -47,11 +47,11 @@ def test_an_object_that_is_found_three_times_is_one_object():
         ("left of", TOP, BOTTOM, 0),
         ("near", LEFT, RIGHT, 0.5),  # released: 1
         ("next to", LEFT, (0.3, 0.4, 0.5, 0.6), 1),
-        ("inside", LEFT, RIGHT, 0),
+        ("inside", LEFT, RIGHT, math.nan),  # released: 0
     ],
 )
 def test_places(locality, a, b, expected):
-    assert position(locality, a, b) == pytest.approx(expected)
+    assert position(locality, a, b) == pytest.approx(expected, nan_ok=True)
 
 
 def test_an_overlap_lowers_the_score_of_a_place():
@@ -156,6 +156,53 @@ def test_prompts_that_cannot_be_checked_have_no_score(gdino, git):
     for reward in (gdino, git):
         scores = reward(["a cat", "love"], IMAGES[:2], [{"nouns": ["cat"]}, {}])
         assert scores[0].isfinite() and scores[1].isnan()
+
+
+ODD = {
+    "nouns is a list": {"nouns": "circle"},
+    "attr_nouns is a list": {"attr_nouns": [3]},
+    "obj1, obj2 and locality": {"nouns": ["cat"], "spatial_info": {"obj1": "cat"}},
+    "obj1, obj2 and locality, texts": {
+        "spatial_info": {"obj1": "cat", "obj2": "dog", "locality": None}
+    },
+    "locality 'inside' is none": {"spatial_info": {"obj1": "c", "obj2": "d", "locality": "inside"}},
+    "obj_name and num": {"numeracy_info": [{"obj_name": "cat", "num": "two"}]},
+    "not 'cat'": {"numeracy_info": "cat"},
+    "tokens of nouns": {"nouns": [f"{x} {y}" for x in WORDS[5:] for y in WORDS[5:]]},
+}
+
+
+@pytest.mark.parametrize("reason", ODD)
+def test_odd_fields_cost_one_score_and_are_counted(reason, gdino, git):
+    rows = [{"nouns": ["cat"]}, ODD[reason]]
+    for reward in (gdino, git) if "list" in reason else (gdino,):
+        reward.failures.clear()
+        scores = reward(["", ""], IMAGES[:2], rows)
+        assert scores[0].isfinite() and scores[1].isnan()
+        assert sum(reward.failures.values()) == 1 and reason in next(iter(reward.failures))
+
+
+def test_a_number_may_be_written_as_a_text():
+    found = {"dog": [(0.8, LEFT), (0.4, RIGHT)]}
+    assert detection_score(found, {"numeracy_info": [{"obj_name": "dog", "num": "2"}]}) == 1
+
+
+def test_a_score_does_not_depend_on_the_sizes_of_the_other_pictures(gdino, monkeypatch):
+    monkeypatch.setattr(gdino, "threshold", 0.0)
+    sizes = [(160, 160), (160, 200), (200, 160), (160, 160)]
+    images = [MANDELBROT.resize(size) for size in sizes]
+    rows = [{"numeracy_info": [{"obj_name": "cat", "num": n}]} for n in range(1, 5)]
+    seen, detect = [], gdino.detect
+
+    def listen(phrases, batch):
+        seen.append({image.size for image in batch})
+        return detect(phrases, batch)
+
+    monkeypatch.setattr(gdino, "detect", listen)
+    together = gdino([""] * 4, images, rows)
+    assert all(len(batch) == 1 for batch in seen) and len(seen) == 3
+    alone = [gdino([""], [image], [row]).item() for image, row in zip(images, rows)]
+    assert together.tolist() == alone
 
 
 def test_git_in_a_batch_equals_git_alone_and_the_generic_forward(git):

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import sqlite3
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 import apo
 from evaluation import labels
+from evaluation.answers import Answers
 from training.files import ROOT
 from training.records import read_jsonl
 
@@ -208,6 +210,71 @@ def test_another_judge_has_another_memory_and_a_failure_is_not_remembered(tmp_pa
         assert np.isnan(silent("noise?", rows)).all() and silent.calls == calls
     other = apo.CachedJudge(tmp_path / "a.sqlite", Judge(), "other")
     assert np.isfinite(other("noise?", rows)).all()
+
+
+def test_answers_are_saved_as_they_come(tmp_path):
+    class Killed(Judge):
+        def answers(self, question, images):
+            if self.asked >= 64:
+                raise KeyboardInterrupt
+            return super().answers(question, images)
+
+    rows, judge = examples(50, tmp_path), Killed()
+    first = apo.CachedJudge(tmp_path / "a.sqlite", judge, "judge")
+    with pytest.raises(KeyboardInterrupt):
+        first("noise?", rows)
+    again = apo.CachedJudge(tmp_path / "a.sqlite", Judge(), "judge")
+    assert np.isfinite(again("noise?", rows)).all() and again.calls == 36
+
+
+def test_a_value_that_is_no_number_is_asked_for_again(tmp_path):
+    rows = examples(1, tmp_path)
+    answers = apo.CachedJudge(tmp_path / "a.sqlite", Judge(), "judge")
+    expected = answers("noise?", rows).tolist()
+    answers.memory.db.execute("UPDATE answers SET value = 'abc'")
+    assert answers("noise?", rows).tolist() == expected and answers.calls == 4
+
+
+@pytest.mark.parametrize("content", [b"no database at all" * 99, b"\0" * 5000, "another table"])
+def test_a_memory_that_cannot_be_read_is_set_aside(content, tmp_path, capsys):
+    file = tmp_path / "a.sqlite"
+    if content == "another table":
+        with sqlite3.connect(file) as db:
+            db.execute("CREATE TABLE answers (question TEXT)")
+        content = file.read_bytes()
+    file.write_bytes(content)
+    answers = apo.CachedJudge(file, Judge(), "judge")
+    assert np.isfinite(answers("noise?", examples(1, tmp_path))).all()
+    assert (tmp_path / "a.sqlite.unreadable").read_bytes() == content
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_memory_that_another_command_holds_is_one_clear_error(tmp_path, capsys):
+    with sqlite3.connect(tmp_path / "a.sqlite") as db:
+        db.execute("CREATE TABLE answers (key TEXT PRIMARY KEY, value TEXT)")
+        db.commit()
+        db.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(SystemExit, match="2"):
+            Answers(tmp_path / "a.sqlite", wait=0.1)
+    assert "wait for the command" in capsys.readouterr().err
+    (tmp_path / "folder.sqlite").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        Answers(tmp_path / "folder.sqlite")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--rounds 0", "--beam 0", "--minibatch 0", "--gradients 0", "--errors 0", "--max-expansion -1"]
+    + ["--budget nan", "--budget 0", "--budget 2", "--seeds", "--checkpoint /nonexistent"],
+)
+def test_numbers_that_make_no_sense_are_refused(flags, tmp_path, capsys):
+    args = [*flags.split(), "--output-dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="2"):
+        apo.main(tyro.cli(apo.Config, args=args))
+    err = capsys.readouterr().err
+    assert (
+        err.startswith("error: ") and err.count("\n") == 1 and flags.split()[-1].lstrip("-") in err
+    )
 
 
 # --- candidates ---------------------------------------------------------------------------------

@@ -1,27 +1,18 @@
-"""Rewards on a CLIP, ImageReward, rewards without a model, and rewards over HTTP."""
+"""Rewards on a CLIP, ImageReward, rewards without a model."""
 
-import os
-import re
 import shutil
-import subprocess
-import sys
-import threading
 
 import pytest
-import requests
 import torch
 from PIL import Image
 from recorded import DATA, recorded, scores_of
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-import rewards
-from reward_models import hub, serving
+from reward_models import hub
 from reward_models.clip import HPS, Aesthetic, PickScore, from_open_clip
 from reward_models.image_statistics import Jpeg, image_statistics
 from reward_models.imagereward import ImageReward
-from reward_models.serving import DeQA, RemoteReward
-from training.files import ROOT
 
 PHOTOS = [
     Image.effect_mandelbrot((90, 60), (-2, -1.5, 1, 1.5), 40),
@@ -165,89 +156,3 @@ def test_rewards_on_a_clip_compute_what_open_clip_computed(name, tmp_path):
     ours, expected = scores_of(reward, dict(zip(known["prompts"], expected)), images)
     assert (ours - expected).abs().max() < (1e-4 if name == "pickscore" else 1e-5)
     assert expected.std() > 1e-2
-
-
-# --- over HTTP ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def served(hps):
-    """The URL of a server for hps."""
-    server = serving.serve("hps", hps, 0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_remote_reward_gives_the_same_numbers(hps, served):
-    remote = rewards.load("hps", url=served)
-    assert remote.range == hps.range and remote.remote
-    assert torch.equal(remote(PROMPTS, PHOTOS), hps(PROMPTS, PHOTOS))
-
-
-def test_a_range_without_bounds_reaches_the_client():
-    server = serving.serve("jpeg", Jpeg(), 0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    assert RemoteReward("jpeg", f"http://127.0.0.1:{server.server_port}").range == (-1e9, 0)
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_server_that_dies_gives_nan_and_the_reason(served, monkeypatch):
-    remote = RemoteReward("hps", served)
-    monkeypatch.setattr(serving.time, "sleep", lambda _: None)
-    remote.url = "http://127.0.0.1:9"
-    assert remote(PROMPTS, PHOTOS).isnan().all()
-    ((reason, count),) = remote.failures.items()
-    assert "ConnectionError" in reason and count == len(PHOTOS)
-
-
-def test_bad_requests_are_refused_and_the_server_goes_on(served):
-    different_numbers = {"prompts": ["x"], "images": [], "metadata": []}
-    assert requests.post(f"{served}/score", data=b"{").status_code == 400
-    assert requests.post(f"{served}/score", json=different_numbers).status_code == 400
-    assert requests.get(f"{served}/about").json()["name"] == "hps"
-
-
-def test_a_server_of_another_reward_is_refused(served, capsys):
-    with pytest.raises(SystemExit):
-        RemoteReward("pickscore", served)
-    assert "serves 'hps'" in capsys.readouterr().err
-
-
-def test_an_address_without_a_server_is_one_clear_error(capsys):
-    with pytest.raises(SystemExit):
-        RemoteReward("hps", "http://127.0.0.1:9")
-    assert "rewards.py serve hps --port 9" in capsys.readouterr().err
-
-
-def test_deqa_without_its_environment_says_how_to_make_one(capsys):
-    with pytest.raises(SystemExit):
-        DeQA()
-    assert "reward_models/deqa_server.py" in capsys.readouterr().err
-
-
-STAND_IN = """import torch
-class Scorer:
-    def __init__(self, pretrained, device): pass
-    def __call__(self, images):
-        return torch.tensor([image.width / 8 for image in images]).half()
-"""
-
-
-def test_deqa_is_served_from_its_own_environment(tmp_path):
-    """A stand-in replaces the package of that environment; the server and the client are real."""
-    (tmp_path / "src").mkdir()
-    (tmp_path / "src/__init__.py").write_text(STAND_IN)
-    command = [sys.executable, "reward_models/deqa_server.py", "--port", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    options = dict(cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE)
-    with subprocess.Popen(command, **options) as server:
-        try:
-            url = re.search(r"http://[\d.:]+", server.stdout.readline())[0]
-            expected = [i % 5 + 1 for i in range(19)]  # more than two batches
-            images = [Image.new("RGB", (8 * score, 8)) for score in expected]
-            assert RemoteReward("deqa", url)(["p"] * 19, images).tolist() == expected
-        finally:
-            server.kill()

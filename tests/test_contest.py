@@ -35,7 +35,6 @@ def test_the_kept_results_are_those_of_these_commands():
     cfg = contest.Config()
     files = [(cure, contest.result_file(cfg, cure, 1)) for cure in contest.CURES]
     kept = [(cure, json.loads(file.read_text())) for cure, file in files if file.is_file()]
-    assert len(kept) > 15
     for cure, result in kept:
         assert contest.shlex.split(result["command"])[2:] == contest.command(cfg, cure, 1)
 

@@ -97,13 +97,17 @@ def test_a_corrected_prompt_is_scored_again(tmp_path):
 
 def test_a_reward_is_known_by_its_checkpoint_and_its_question(tmp_path, hps):
     tiny = rewards.load("hps", checkpoint="tiny").identity
-    assert tiny == rewards.load("hps", checkpoint="tiny").identity and "checkpoints/hps" in tiny
+    assert tiny == rewards.load("hps", checkpoint="tiny").identity and "hps" in tiny
     questions = ("Is it broken?", "Is it whole?")
     judges = {rewards.load("artifact", checkpoint="tiny", question=q).identity for q in questions}
     assert len(judges) == 2
     shutil.copytree(ROOT / "tiny_world/checkpoints/hps", tmp_path / "hps")
     before = rewards.load("hps", checkpoint=tmp_path / "hps").identity
-    os.utime(tmp_path / "hps/HPS_v2.1_compressed.pt", (1, 1))  # other weights in the same place
+    file = tmp_path / "hps/HPS_v2.1_compressed.pt"
+    os.utime(file, (1, 1))  # the same weights
+    assert rewards.load("hps", checkpoint=tmp_path / "hps").identity == before
+    saved = torch.load(file, weights_only=True)
+    torch.save({"state_dict": {k: v + 0.001 for k, v in saved["state_dict"].items()}}, file)
     assert rewards.load("hps", checkpoint=tmp_path / "hps").identity != before
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from PIL import Image
 
 from evaluation import figures, hacking, official_scores, pages, wise
 from evaluation.tables import bootstrap, markdown
-from training import pictures
+from training import pictures, waiting
 from training.files import atomic
 from training.records import json_line, mean_over_prompts, read_json, read_jsonl, write_jsonl
 
@@ -152,30 +151,44 @@ def test_wiscore_by_hand(protocol, column, first, last, weight):
 
 
 class ScriptedJudge:
-    """Gives these answers, one after the other; logs (text, pictures, seed)."""
+    """Gives these answers, one after the other; logs (text, pictures, temperature, seed)."""
+
+    model, address, each = "qwen", "here", 10.0
 
     def __init__(self, answers):
-        self.answers, self.calls, self.pool = list(answers), [], ThreadPoolExecutor(1)
+        self.answers, self.calls = list(answers), []
 
-    def write(self, text, images, seed=0):
-        self.calls.append((text, images, seed))
-        return self.answers.pop(0)
+    def write(self, text, images, temperature=0.0, seed=0):
+        self.calls.append((text, images, temperature, seed))
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
-def judged(judge, protocol, tmp_path):
+def judged(judge, protocol, tmp_path, **options):
     """The records of two prompts, with two pictures each, of which only the first is judged."""
     picture().save(tmp_path / "1.png")
     row = {"prompt": "p", "Explanation": "e", "tag": "t"}
     matched = [(row | {"id": i}, k, tmp_path / "1.png") for i in "12" for k in (0, 1)]
-    return wise.judge_folder(judge, protocol, matched)
+    return wise.judge_folder(judge, protocol, matched, **options)
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time(monkeypatch):
+    start = waiting.start
+    monkeypatch.setattr(waiting, "start", lambda calls, workers=1: start(calls, 1))
 
 
 def test_an_answer_that_cannot_be_parsed_is_asked_for_again_and_then_given_up(tmp_path):
     judge = ScriptedJudge(["no idea", "Score: 1", "?", "Score: 7", "refused"])
     got = judged(judge, "verified", tmp_path)
-    assert got[0] == {"prompt_id": 1, "Subcategory": "t", "score": 1, "evaluation": "Score: 1"}
+    expected = {"prompt_id": 1, "Subcategory": "t", "score": 1, "evaluation": "Score: 1"}
+    assert expected.items() <= got[0].items()
     assert math.isnan(got[1]["score"]) and got[1]["evaluation"] == "refused"
-    assert [seed for _, _, seed in judge.calls] == [0, 1, 0, 1, 2]
+    # A server that repeats itself at temperature 0 must not be asked the same again.
+    asked = [(temperature, seed) for _, _, temperature, seed in judge.calls]
+    assert asked == [(0, 0), (0.7, 1), (0, 0), (0.7, 1), (0.7, 2)]
     path = tmp_path / "x_scores_results.jsonl"
     path.write_text("".join(map(json_line, got)))
     benchmark, columns, failed = official_scores.summarize(path)
@@ -185,7 +198,7 @@ def test_an_answer_that_cannot_be_parsed_is_asked_for_again_and_then_given_up(tm
 def test_the_judge_sees_the_prompt_its_explanation_and_the_picture(tmp_path):
     judge = ScriptedJudge(["Score: 1"] * 2)
     judged(judge, "verified", tmp_path)
-    text, images, _ = judge.calls[0]
+    text, images, *_ = judge.calls[0]
     assert "Prompt: p\nExplanation: e\n" in text and images[0].getpixel((0, 0)) == (200, 10, 10)
 
 
@@ -194,6 +207,51 @@ def test_a_damaged_picture_is_a_failure_and_no_question(tmp_path, capsys):
     row = {"id": "1", "prompt": "p", "tag": ""}
     (record,) = wise.judge_folder(ScriptedJudge([]), "verified", [(row, 0, tmp_path / "bad.png")])
     assert math.isnan(record["score"]) and record["evaluation"] == "no readable picture"
+
+
+def test_a_wise_judgement_is_saved_as_it_goes_and_not_made_again(tmp_path):
+    saved = []
+    judge = ScriptedJudge(["Score: 1", waiting.Unanswered("the server is away")])
+    got = judged(judge, "verified", tmp_path, save=lambda records: saved.append(list(records)))
+    assert saved == [got] and got[1]["evaluation"] == "the server is away"
+    path = tmp_path / "x_scores_results.jsonl"
+    write_jsonl(path, got)
+    again = ScriptedJudge(["Score: 0"])  # for the failed one only
+    known = read_jsonl(path)
+    assert [r["score"] for r in judged(again, "verified", tmp_path, known=known)] == [1, 0]
+    again.model, again.answers = "another", ["Score: 0"] * 2
+    assert [r["score"] for r in judged(again, "verified", tmp_path, known=known)] == [0, 0]
+
+
+def test_an_id_that_is_no_number_is_refused_before_anything_is_judged(tmp_path, capsys):
+    rows = [({"id": i, "prompt": "p", "tag": ""}, 0, tmp_path / "1.png") for i in ("1", "bonus-1")]
+    with pytest.raises(SystemExit, match="2"):
+        wise.judge_folder(ScriptedJudge([]), "verified", rows)
+    assert "bonus-1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "answer, score",
+    [
+        ("Score: 1", 1),
+        ("score = 1.0", 1),
+        ("**Score:** 0", 0),
+        ('{"score": 1}', 1),
+        ("```json\n{'Score': 0}\n```", 0),
+        ("Score: 1/1", 1),
+        ("<think>Score: 0 or Score: 1?</think>\nScore: 1", 1),
+        ("Score: 8/10", None),
+        ("Score: 1/10", None),
+        ("Score: 0.5", None),
+        ("Score: -1", None),
+        ("Score: 1 ... Score: 0", None),
+        ("<think>Score: 1", None),  # it thought until its tokens were used up
+        ("", None),
+    ],
+)
+def test_an_answer_is_read_or_it_is_none_and_never_zero(answer, score):
+    scores = wise.read_scores(answer, "verified")
+    assert scores == (None if score is None else {"score": score})
 
 
 def test_the_two_protocols_of_wise_are_never_mixed(tmp_path):

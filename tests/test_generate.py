@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import types
 
 import pytest
@@ -237,6 +238,7 @@ def test_pixels_are_rounded_clipped_and_decoded_sixteen_at_a_time():
 
     model = types.SimpleNamespace(vqmodel=types.SimpleNamespace(decode=decode))
     policy = types.SimpleNamespace(model=types.SimpleNamespace(model=model))
+    policy.device = torch.device("cpu")
     ids = torch.zeros(17, 2, dtype=torch.long)
     ids[16, 1] = -1
     images = generate.to_images(policy, ids)
@@ -325,6 +327,12 @@ def test_a_folder_without_a_checkpoint_is_refused(where, capsys, monkeypatch):
     assert stop.value.code == 2 and "no config.json" in capsys.readouterr().err
 
 
+def test_the_checkpoint_in_deepseeks_own_format_is_named_with_the_right_one(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        generate.load_policy("deepseek-ai/Janus-Pro-1B")
+    assert "deepseek-community/Janus-Pro-1B" in capsys.readouterr().err
+
+
 def test_pictures_are_laid_out_as_geneval_reads_them_and_made_once(tmp_path, capsys):
     (tmp_path / "p.txt").write_text("a red circle\nin/../the <b>dark\n")
     cfg = generate.Config(
@@ -362,6 +370,19 @@ def test_pictures_of_another_prompt_are_never_taken_for_this_one(tmp_path, capsy
         generate.main(generate.Config(prompt=prompt, num_images=1, output_dir=str(tmp_path)))
     assert "1 pictures made, 0 were there already" in capsys.readouterr().out.splitlines()[-1]
     assert json.loads((tmp_path / "manifest.jsonl").read_text())["prompt"] == "a blue star"
+
+
+def test_pictures_of_other_settings_or_weights_are_made_again(tmp_path, capsys):
+    shutil.copytree(ROOT / "tiny_world/checkpoints/policy", tmp_path / "policy")
+
+    def made(**changes):
+        flags = dict(prompt="a star", num_images=1, output_dir=str(tmp_path / "out"))
+        generate.main(generate.Config(model=str(tmp_path / "policy"), **flags | changes))
+        return int(capsys.readouterr().out.splitlines()[-1].split()[0])
+
+    assert (made(), made(), made(max_thought=40), made(max_thought=40)) == (1, 0, 1, 0)
+    (tmp_path / "policy/reasoning.txt").write_text("{} plan")  # other weights would count alike
+    assert made(max_thought=40) == 1
 
 
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path, capsys):

@@ -320,7 +320,7 @@ def test_the_latest_run_is_the_unfinished_one_that_saved_last(tmp_path):
 def test_a_run_without_a_checkpoint_keeps_its_log_and_the_next_takes_another_name(tmp_path, config):
     (tmp_path / "a").mkdir()
     cfg = config(resume="latest", output_dir=str(tmp_path), run_name="a")
-    assert run_folder.choose_folder(cfg) == (tmp_path / "a-2", None)
+    assert run_folder.choose_folder(cfg) == (tmp_path / "a-2", False)
 
 
 def test_checkpoints_have_numbers_and_one_that_was_being_replaced_comes_back(tmp_path):
@@ -390,14 +390,77 @@ def test_a_large_rollout_is_sampled_in_batches_and_is_the_same(policy, config):
 
 
 def test_what_ends_a_run():
-    fine = {"failed": 0.0, "processes_agree": 1}
-    assert stopping.what_is_wrong(fine, 4, {}, 0.5) == ""
-    assert "not finite" in stopping.what_is_wrong(fine, 5, {}, 0.5)
-    assert "different policies" in stopping.what_is_wrong(fine | {"processes_agree": 0}, 0, {}, 0.5)
-    assert stopping.what_is_wrong(fine | {"failed": 0.5}, 0, {}, 0.5) == ""
+    fine = {"processes_agree": 1}
+    assert stopping.what_is_wrong(fine, 4) == ""
+    assert "not finite" in stopping.what_is_wrong(fine, 5)
+    assert "different policies" in stopping.what_is_wrong(fine | {"processes_agree": 0}, 0)
+
+
+def test_a_step_whose_rollouts_have_no_scores_is_none():
     judge = types.SimpleNamespace(failures={"timeout": 3})
-    reason = stopping.what_is_wrong(fine | {"failed": 0.51}, 0, {"artifact": judge}, 0.5)
-    assert "51% of the rollouts had no score" in reason and "timeout" in reason
+    rewards, nan = {"hps": None, "artifact": judge}, float("nan")
+    scores = {"hps": torch.tensor([1.0, nan, 1, 1]), "artifact": torch.tensor([1.0, 1, nan, 1])}
+    stopping.check_scores(scores, rewards, 0.5)  # two of four
+    scores["gold"] = torch.full((4,), nan)  # it does not train
+    stopping.check_scores(scores, rewards, 0.5)
+    with pytest.raises(stopping.NoScores, match="50% of the rollouts had no score.*timeout"):
+        stopping.check_scores(scores, rewards, 0.4)
+
+
+def test_a_step_that_does_not_fit_into_memory_ends_after_a_checkpoint_with_advice(capsys):
+    saved = []
+    with (
+        pytest.raises(SystemExit, match="3"),
+        stopping.rescued(lambda: saved.append(1) or "step-1"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    err = capsys.readouterr().err
+    assert saved == [1] and "lower --micro-batch" in err and "saved step-1" in err
+
+
+def test_a_shorter_second_life_leaves_nothing_of_the_first(whole_run, tmp_path):
+    """A run that went to step 4 goes on from step 2: what was written after it is deleted."""
+    run = tmp_path / "again"
+    shutil.copytree(whole_run, run)
+    shutil.rmtree(run / "checkpoints/step-000004")
+    (run / "rollouts/step_000009.jsonl").write_text("{}\n")
+    rewards = {"hps": types.SimpleNamespace(identity="hps | hps 1")}
+    config = json.loads((run / "config.json").read_text())
+    config["inputs"] = {"hps": "hps | hps 1"}
+    (run / "config.json").write_text(json.dumps(config))
+    cfg = tyro.cli(grpo.Config, args=[*SMALL, "--max-steps", "4"])
+    checks.fill_presets(cfg)
+    run_folder.begin_log(run, 2, cfg, rewards)
+    numbers = lambda place: sorted(p.stem for p in (run / place).glob("step_*"))
+    assert numbers("rollouts") == ["step_000000", "step_000001"]
+    assert numbers("tests") == numbers("samples") == ["step_000000", "step_000002"]
+    assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == [0, 1]
+    assert [row["step"] for row in read_jsonl(run / "test.jsonl")] == [0, 2]
+
+
+def test_a_resumed_run_has_the_same_prompts_and_reward_models(tmp_path, config, capsys):
+    cfg = config(prompts=str(tmp_path / "prompts.txt"))
+    (tmp_path / "prompts.txt").write_text("a red star\n")
+    rewards = {"hps": types.SimpleNamespace(identity="hps | one")}
+    run_folder.begin_log(tmp_path, 0, cfg, rewards)
+    run_folder.begin_log(tmp_path, 1, cfg, rewards)
+    for change, name in (
+        (lambda: setattr(rewards["hps"], "identity", "hps | other"), "hps"),
+        (lambda: (tmp_path / "prompts.txt").write_text("a red sky\n"), "prompts"),
+    ):
+        change()
+        with pytest.raises(SystemExit, match="2"):
+            run_folder.begin_log(tmp_path, 1, cfg, rewards)
+        assert f"was started with {name} = " in capsys.readouterr().err
+        run_folder.begin_log(tmp_path, 0, cfg, rewards)
+
+
+def test_a_password_is_not_written_down(tmp_path, config, monkeypatch):
+    url = "https://me:secret@judge.example/v1"
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--judge-url", url])
+    run_folder.begin_log(tmp_path, 0, config(judge_url=(url,)), {})
+    text = (tmp_path / "config.json").read_text()
+    assert "secret" not in text and text.count("https://judge.example/v1") == 2
 
 
 def test_skipped_steps_are_counted_in_a_row():
@@ -442,7 +505,7 @@ BAD_USAGE = [
     ("--rewards hps:much", "is no number"),
     ("--num-generations 1", "a group of one"),
     ("--warmup-ratio 1", "from 0 to below 1"),
-    ("--warmup-ratio nan", "from 0 to below 1"),
+    ("--warmup-ratio nan", "must be a number"),
     ("--rewards gold", "cannot be held out"),
     ("--rewards hps,edges", "can only be in --eval-rewards"),
     ("--rewards hps,artifact:200 --combine mean", "uses no weights"),
@@ -450,6 +513,20 @@ BAD_USAGE = [
     ("--prompts /nowhere", "no such file"),
     ("--max-steps 0", "greater than 0"),
     ("--resume /nowhere", "no whole checkpoints"),
+    ("--resume docs", "no whole checkpoints"),
+    ("--beta nan", "must be a number"),
+    ("--epsilon inf", "must be a number"),
+    ("--cfg-weight nan", "must be a number"),
+    ("--floor nan --combine constrained", "must be a number"),
+    ("--max-failures nan", "must be a number"),
+    ("--max-failures 2", "from 0 to 1"),
+    ("--beta -1", "0 or greater"),
+    ("--best-of -1", "0 or greater"),
+    ("--lora-rank -1", "0 or greater"),
+    ("--save-total-limit 1", "keep 2 or more"),
+    ("--device cuda", "this machine has none"),
+    ("--question runs/apo/question.txt", "no such file, and no question"),
+    ("--output-dir /dev/null/runs", "cannot be written"),
     ("--combine constrained --rewards hps", "needs two rewards"),
     ("--eval-rewards adversarial --rewards hps", "unless it learns"),
     ("--rewards hps,adversarial@http://127.0.0.1:8100", "leave the address out"),
@@ -461,7 +538,7 @@ BAD_USAGE = [
 
 @pytest.mark.parametrize("args, rule", BAD_USAGE, ids=lambda text: text)
 def test_bad_usage_is_one_clear_line_before_anything_is_loaded(args, rule, capsys, tmp_path):
-    flags = [*args.split(), "--output-dir", str(tmp_path / "runs")]
+    flags = ["--output-dir", str(tmp_path / "runs"), *args.split()]
     with pytest.raises(SystemExit) as stop:
         grpo.main(tyro.cli(grpo.Config, args=flags))
     assert stop.value.code == 2 and rule in capsys.readouterr().err

@@ -13,6 +13,7 @@ from PIL import Image
 
 import artifact_reward
 import rewards
+from reward_models import guards
 from tiny_world import world
 from training.files import ROOT
 
@@ -87,6 +88,32 @@ def test_a_prompt_from_outside_the_tiny_world_has_no_gold_score():
 def test_a_reward_of_the_wrong_length_stops_the_run():
     with pytest.raises(ValueError, match="2 scores|\\(2,\\) scores"):
         rewards.score({"x": lambda *_: torch.zeros(2)}, ["p"] * 3, [None] * 3)
+
+
+def test_a_score_out_of_range_is_a_counted_failure():
+    class Odd:
+        range = (-1.0, 1.0)
+
+        def __call__(self, prompts, images, metadata=None):
+            return torch.tensor([0.5, 125_000, -1.2, 1.0005, math.nan])
+
+    reward = Odd()
+    scores = rewards.score({"hps": reward}, ["p"] * 5, [None] * 5)["hps"]
+    assert scores.isnan().tolist() == [False, True, True, False, True] and scores[0] == 0.5
+    assert reward.failures == {"125000 is not from -1 to 1, the range of hps": 2}
+
+
+def test_a_photograph_is_not_scored_with_the_checkpoint_of_the_tiny_world(hps, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        rewards.score_opened({"hps": hps}, ["a corgi"], [Image.new("RGB", (384, 384))])
+    assert "--model real" in capsys.readouterr().err
+
+
+def test_prompts_that_are_too_long_for_a_reward_are_counted(hps, capsys):
+    guards.say_cut({"hps": hps, "gold": rewards.load("gold")}, ["a red star"] * 2 + ["star " * 99])
+    assert "1 of 2 prompts are longer" in capsys.readouterr().err
+    guards.say_cut({"hps": hps}, ["a red star"])
+    assert capsys.readouterr().err == ""
 
 
 def test_an_infinite_score_is_a_failed_one():

@@ -198,6 +198,64 @@ def test_the_plan_of_the_tiny_policy_counts_what_is_there(policy):
     assert gigabytes["rollout: keys and values"] == pytest.approx(cache / 1e9)
 
 
+@pytest.mark.parametrize("lora, planned", [(0, 27), (16, 26)])
+def test_the_plan_is_what_the_backward_pass_keeps(lora, planned, policy):
+    """Bytes counted by saved_tensors_hooks: a layer of the width of Janus-Pro-1B, in bfloat16."""
+    (one, tokens), (two, _) = (kept_bytes(policy, layers, lora) for layers in (1, 2))
+    numbers = (two - one) / (2 * 2048 * tokens)
+    assert 0.95 * planned < numbers <= planned
+    options = {"lora_rank": lora, "checkpointing": False, "guided": True, "micro_batch": 2}
+    name = "update: activations"
+    more, fewer = (plan("Janus-Pro-1B", **options, thought=t)[1][name] for t in (65, 64))
+    assert more - fewer == pytest.approx(2 * (2 + 1) * 2 * 2048 * 24 * planned / 1e9)
+
+
+def kept_bytes(policy, layers, lora):
+    """(bytes kept for the backward pass, without weights; tokens) of two guided rollouts."""
+    config, width = copy.deepcopy(policy.model.config), 2048
+    text = dict(hidden_size=width, intermediate_size=5632, num_hidden_layers=layers)
+    text |= dict(num_attention_heads=16, num_key_value_heads=16, head_dim=128)
+    for name, value in text.items():
+        setattr(config.text_config, name, value)
+    config.vision_config.projection_dim = config.vq_config.projection_dim = width
+    config.vq_config.image_token_embed_dim = width
+    model = JanusForConditionalGeneration(config).eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("model.language_model.", "lm_head.")))
+    wide = Policy(model, policy.processor, policy.reasoning, torch.bfloat16)
+    if lora:
+        sharding.add_lora(wide, lora, 0)
+    sharding.cast_frozen_weights(wide)
+    prompts, thoughts = ["a red circle"] * 2, ["a red circle here"] * 2
+    ids, mask = torch.ones(2, 24, dtype=torch.long), torch.ones(2, 24, dtype=torch.bool)
+    image = torch.zeros(2, wide.grid**2, dtype=torch.long)
+    rollouts = generate.Rollouts([(0, 0, 0, 0)] * 2, prompts, thoughts, ids, mask, image, [])
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
+    kept = {}  # the tensors themselves, so that no address is used twice
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        generate.logprobs(wide, rollouts, 5.0)
+    extra = [t for a, t in kept.items() if a not in weights and t.shape not in shapes]
+    contexts = [
+        generate.thought_context(wide, prompts),
+        generate.image_context(wide, prompts, thoughts),
+    ]
+    thought, picture = (context.shape[1] for context, _ in contexts)
+    tokens = 2 * (thought + 24 - 1) + 2 * 2 * (picture + wide.grid**2 - 1)
+    return sum(t.untyped_storage().nbytes() for t in extra), tokens
+
+
+def test_the_published_rewards_are_in_the_plan(capsys):
+    flags = {"model": "deepseek-community/Janus-Pro-1B", "dry_run": True, "eval_rewards": "gold"}
+    grpo.main(grpo.Config(**flags, rewards="hps,pickscore,gdino@http://127.0.0.1:8100"))
+    assert "     7.80 GB   reward models" in capsys.readouterr().out
+
+
 def test_sharding_divides_the_state_and_lora_shrinks_it():
     key = "weights, gradients, Adam: 16 bytes for each trained parameter"
     assert plan()[1][key] == pytest.approx(110.6, rel=1e-2)

@@ -3,6 +3,9 @@
 Read next: run_folder.py
 """
 
+import math
+from dataclasses import asdict
+
 from training.files import ROOT, usage_error
 from training.processes import world_size
 from training.prompts import load_prompts
@@ -33,6 +36,10 @@ POSITIVE = (
     "max_thought max_grad_norm save_steps save_total_limit eval_steps eval_images"
 ).split()
 
+NOT_NEGATIVE = (
+    "beta epsilon epsilon_high cfg_weight max_failures lora_rank best_of world_size adversary_steps"
+).split()
+
 
 def fill_presets(cfg):
     for name, value in PRESETS["tiny" if cfg.model == "tiny" else "real"].items():
@@ -46,14 +53,32 @@ def num_processes(cfg):
     return wanted if cfg.shard else min(wanted, max(1, cfg.prompts_per_step))
 
 
-def check_flags(cfg, num_rewards, processes):
-    """Refuse what cannot work; returns (training prompts, test prompts), lists of rows."""
+def check_numbers(cfg):
+    """Refuse a number that is out of its range."""
     for name in POSITIVE:
         if not getattr(cfg, name) > 0:
             flag = name.replace("_", "-")
             usage_error(f"--{flag} {getattr(cfg, name)}: must be greater than 0")
+    for name, value in asdict(cfg).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, float) and not math.isfinite(value):
+            usage_error(f"--{flag} {value}: must be a number")
+        if name in NOT_NEGATIVE and value is not None and value < 0:
+            usage_error(f"--{flag} {value}: must be 0 or greater")
+    if cfg.max_failures > 1:
+        usage_error(f"--max-failures {cfg.max_failures}: a share of the rollouts, from 0 to 1")
+    if cfg.save_total_limit < 2:
+        usage_error(
+            f"--save-total-limit {cfg.save_total_limit}: keep 2 or more, because the newest "
+            "checkpoint may be of a policy that has just diverged"
+        )
     if not 0 <= cfg.warmup_ratio < 1:
         usage_error(f"--warmup-ratio {cfg.warmup_ratio}: a share of the steps, from 0 to below 1")
+
+
+def check_flags(cfg, num_rewards, processes):
+    """Refuse what cannot work; returns (training prompts, test prompts), lists of rows."""
+    check_numbers(cfg)
     if cfg.num_generations < 2:
         usage_error(
             f"--num-generations {cfg.num_generations}: a group of one has no baseline; use 4 or "

@@ -9,18 +9,40 @@ Read next: prompts.py
 import contextlib
 import errno
 import os
+import re
 import secrets
 import sys
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]  # of the repository
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def usage_error(message):
     """Wrong usage: print one line with the rule, the value and the remedy; exit with code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def fingerprint(folder):
+    """Eight digits that change with the files of a checkpoint: their names, sizes, and sixteen
+    samples of each, since reading all of it can take minutes. Of no folder: 00000000."""
+    value = 0
+    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        value = zlib.crc32(f"{path.name} {size}".encode(), value)
+        with open(path, "rb") as file:
+            for part in range(16):
+                file.seek(size * part // 16)
+                value = zlib.crc32(file.read(2**16), value)
+    return f"{value:08x}"
+
+
+def without_password(text):
+    """A text, such as a URL or a command, without user:password@ in its URLs: it is saved."""
+    return re.sub("//[^/@\\s]*@", "//", str(text))
 
 
 @contextlib.contextmanager
@@ -51,18 +73,17 @@ def naming(path):
 
 
 def one_line(kind, error, trace):
-    """For sys.excepthook: Ctrl-C and a disk that is full cost one line, and no traceback."""
+    """For sys.excepthook: Ctrl-C, and a file that cannot be read or written, cost one line."""
     if issubclass(kind, KeyboardInterrupt):
         print("stopped; every file that is there is whole", file=sys.stderr)
-    elif issubclass(kind, OSError) and error.errno in CANNOT_WRITE:
+    elif issubclass(kind, OSError) and error.errno in FULL + FORBIDDEN:
         where = error.filename or "writing failed"
-        print(
-            f"error: {where}: {error.strerror}; free some space, or write elsewhere and repeat "
-            "the command",
-            file=sys.stderr,
-        )
+        remedy = "free some space, or write elsewhere," if error.errno in FULL else "name another"
+        print(f"error: {where}: {error.strerror}; {remedy} and repeat the command", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 
 sys.excepthook = one_line
+if hasattr(sys.stdout, "reconfigure"):  # a name of a file may hold bytes that are no UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")

@@ -108,12 +108,13 @@ class Stopwatch:
 class Log:
     """The run folder and the screen. Rank 0 writes; the other processes only send their part."""
 
-    def __init__(self, cfg, folder, start, trained, heldout):
+    def __init__(self, cfg, folder, start, rewards):
         self.cfg, self.folder, self.writes = cfg, folder, rank() == 0
-        self.trained, self.heldout, self.clock = list(trained), list(heldout), Stopwatch()
+        self.trained, self.heldout = list(rewards.train), list(rewards.heldout)
+        self.clock = Stopwatch()
         self.report = lambda step, numbers: None
         if self.writes:
-            begin_log(folder, start, cfg)
+            begin_log(folder, start, cfg, rewards.all)
             self.report = external_logger(cfg, folder)
             print(
                 f"{folder}/: trained on {' + '.join(self.trained)}; held out: "

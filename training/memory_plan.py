@@ -64,10 +64,10 @@ def count_parameters(config, lora_rank):
 
 
 def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lora_rank,
-         checkpointing, prompt=80):  # fmt: skip
+         checkpointing, rewards=0.0, prompt=80):  # fmt: skip
     """(counts, gigabytes), two dicts: what -> number. GB are those of one GPU.
 
-    pictures: sampled at a time on one GPU. thought, prompt: tokens."""
+    pictures: sampled at a time on one GPU. thought, prompt: tokens. rewards: GB of their models."""
     total, trained, vq = count_parameters(config, lora_rank)
     frozen = total if lora_rank else total - trained
     llama, T = config.text_config, config.vq_config.num_patches**2
@@ -75,33 +75,46 @@ def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lo
     branches, share = (2 if guided else 1), (min(world_size, NODE) if sharded else 1)
     head_size = D // llama.num_attention_heads
     kv_bytes = 2 * 2 * layers * llama.num_key_value_heads * head_size  # of one token, in bfloat16
-    logits = max(T * config.vq_config.num_embeddings, thought * llama.vocab_size)
-    per_layer = 1 if checkpointing else 16  # numbers that are kept for each token and hidden unit
+    # The picture is scored after prompt and thought, guided; the thought after the prompt.
+    tokens = micro_batch * (branches * length + (prompt + thought if thought else 0))
+    # Numbers that a layer keeps for each token and hidden unit, counted by saved_tensors_hooks
+    # (tests/test_sharding.py): 26.1, with LoRA 25.1. With checkpointing only its input is kept, and
+    # all of the layer at work.
+    kept = 26 if lora_rank else 27
+    kept = layers + kept if checkpointing else layers * kept
+    # All logits wait for the backward pass; there, those of one head have four more copies.
+    logits = (T * config.vq_config.num_embeddings, thought * llama.vocab_size)
+    vq_config, pixels = config.vq_config, (T * 16 * 16 if T > 64 else T * 4 * 4)
+    decoding = 3 * 4 * min(pictures, 16) * vq_config.base_channels * pixels
     state = {
         "weights, gradients, Adam: 16 bytes for each trained parameter": 16 * trained / share,
         "frozen weights: 2 bytes (sharded: 4)": (4 if sharded else 2) * frozen / share,
         "reference policy: 2 bytes": 0 if lora_rank else 2 * total / share,
         "autocast's copies: 2 bytes for each trained parameter": 0 if sharded else 2 * trained,
+        "reward models in this process": rewards * 1e9,
     }
     rollout = {
         "rollout: gathered weights, in tests also the reference's": sharded * 4 * (total - vq),
         "rollout: keys and values": kv_bytes * pictures * branches * length,
+        "rollout: decoding 16 pictures": decoding,
     }
     update = {
-        "update: activations": 2 * branches * micro_batch * length * D * layers * per_layer,
-        "update: logits, three copies in float32": 3 * 4 * micro_batch * logits,
+        "update: activations": 2 * tokens * D * kept,
+        "update: logits in float32": 4 * micro_batch * (sum(logits) + 4 * max(logits)),
     }
+    adam = {"optimizer: square roots, 4 bytes for each trained parameter": 4 * trained / share}
     peaks = {
+        "peak of the optimizer": sum((state | adam).values()),
         "peak of the rollout": sum((state | rollout).values()),
         "peak of the update": sum((state | update).values()),
     }
     counts = {"total": total, "trained": trained, "tokens of a picture": T}
-    parts = state | rollout | update | peaks
+    parts = state | rollout | update | adam | peaks
     return counts, {name: value / 1e9 for name, value in parts.items()}
 
 
-def print_plan(cfg, world_size):
-    """--dry-run: what would happen, and whether it fits."""
+def plan_of(cfg, world_size, rewards):
+    """The plan of these flags of grpo.py; rewards: GB of their models."""
     try:
         config = janus_config(cfg.model)
     except OSError:
@@ -109,17 +122,28 @@ def print_plan(cfg, world_size):
         usage_error(f"--dry-run --model {cfg.model}: no configuration; give a folder, or {known}")
     cfg_weight = cfg.cfg_weight or (1 if cfg.model == "tiny" else 5)
     guided = cfg.guidance != "none" and cfg_weight != 1
-    rollouts = math.ceil(cfg.prompts_per_step / world_size) * cfg.num_generations  # at most
-    counts, gigabytes = plan(config, world_size, min(cfg.rollout_batch, rollouts),
+    rollouts = rollouts_of(cfg, world_size)
+    return plan(config, world_size, min(cfg.rollout_batch, rollouts),
         min(cfg.micro_batch, rollouts), guided, cfg.max_thought * cfg.cot, cfg.shard, cfg.lora_rank,
-        cfg.gradient_checkpointing)  # fmt: skip
+        cfg.gradient_checkpointing, rewards)  # fmt: skip
+
+
+def rollouts_of(cfg, world_size):
+    """Rollouts of a step on one process, at most."""
+    return math.ceil(cfg.prompts_per_step / world_size) * cfg.num_generations
+
+
+def print_plan(cfg, world_size, rewards):
+    """--dry-run: what would happen, and whether it fits."""
+    counts, gigabytes = plan_of(cfg, world_size, rewards)
     billions = {name: counts[name] / 1e9 for name in ("total", "trained")}
     pictures = cfg.prompts_per_step * cfg.num_generations
     print(
         f"{cfg.model}: {billions['total']:.3f} billion parameters, {billions['trained']:.3f} "
         f"trained, on {world_size} processes\n"
-        f"a step: {pictures} pictures of {counts['tokens of a picture']} tokens, {rollouts} on "
-        f"a process; {cfg.max_steps} steps, {cfg.max_steps * pictures} pictures\n"
+        f"a step: {pictures} pictures of {counts['tokens of a picture']} tokens, "
+        f"{rollouts_of(cfg, world_size)} on a process; {cfg.max_steps} steps, "
+        f"{cfg.max_steps * pictures} pictures\n"
     )
     for name, value in gigabytes.items():
         print(f"{value:9.2f} GB   {name}")
@@ -130,7 +154,7 @@ def print_plan(cfg, world_size):
         "a smaller --micro-batch": cfg.micro_batch > 1,
         "more GPUs": True,
     }
-    peak = max(gigabytes["peak of the rollout"], gigabytes["peak of the update"])
+    peak = max(value for name, value in gigabytes.items() if name.startswith("peak"))
     fits = peak < 0.9 * cfg.gpu_memory
     advice = "; try " + ", ".join(name for name, helps in remedies.items() if helps)
     verdict = "fits" if fits else "does not fit"

@@ -62,6 +62,12 @@ class Policy:
         (Path(folder) / "reasoning.txt").write_text(self.reasoning + "\n", encoding="utf-8")
 
 
+def checkpoint_folder(name):
+    """Where the weights of --model are: in a run folder the last checkpoint, else as named."""
+    path = ROOT / "tiny_world/checkpoints/policy" if name == "tiny" else Path(name)
+    return [path, *checkpoints(path)][-1]
+
+
 def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_image_head=False):
     """Load a Janus in the Hugging Face format: a folder, a hub name, or "tiny" (shipped with us).
 
@@ -69,9 +75,7 @@ def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_im
     moves (its spacing is 1/256 of its size). As in T2I-R1 the language model with its text head is
     trained; vision tower, aligners, image embeddings, image head and VQ model stay frozen. Exit
     code 2 if there is no such checkpoint, or if it does not fill the model."""
-    tiny = ROOT / "tiny_world/checkpoints/policy"
-    path = tiny if name_or_path == "tiny" else Path(name_or_path)
-    path = ([path] + checkpoints(path))[-1]
+    path = checkpoint_folder(name_or_path)
     if (path / "config.json").is_file():
         with readable(f"--model {name_or_path}"):
             kind = json.loads((path / "config.json").read_text()).get("model_type")
@@ -83,6 +87,11 @@ def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_im
             )
     elif path.is_dir() or name_or_path.startswith((".", "/")):
         usage_error(f"--model {name_or_path}: no config.json; give a folder of save_pretrained")
+    elif name_or_path.startswith("deepseek-ai/Janus"):
+        usage_error(
+            f"--model {name_or_path}: is in DeepSeek's own format; the same weights in that of "
+            f"transformers are {name_or_path.replace('deepseek-ai', 'deepseek-community')}"
+        )
     source = path if path.is_dir() else name_or_path
     model = load_model(JanusForConditionalGeneration, source, dtype=torch.float32)
     processor = load_part(JanusProcessor, source)

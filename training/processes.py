@@ -11,12 +11,17 @@ import sys
 import torch
 import torch.distributed as dist
 
+from training.files import usage_error
+
 
 def pick_device(device, dtype="auto"):
-    """("auto", "auto") -> the best there is: (device name, torch dtype)."""
+    """("auto", "auto") -> the best there is: (device name, torch dtype). One that is not there:
+    exit code 2."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        device = next((name for name, usable in there.items() if usable), "cpu")
+    if not there.get(device, True):
+        usage_error(f"--device {device}: this machine has none that torch can use; drop the flag")
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
     return device, getattr(torch, dtype)

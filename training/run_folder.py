@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from training.files import atomic, usage_error
+from training.files import atomic, usage_error, without_password
 from training.processes import broadcast, end_processes, gather, rank, world_size
 from training.records import read_json, read_jsonl, write_jsonl
 from training.sharding import full_model_state, full_optimizer_state, load_optimizer_state
@@ -76,6 +76,10 @@ def whole_checkpoint(folder):
         if not damaged:
             return checkpoint
         print(f"{checkpoint}: {damaged} is damaged; taking the one before it", file=sys.stderr)
+    no_checkpoint(folder)
+
+
+def no_checkpoint(folder):
     usage_error(
         f"--resume {folder}: no whole checkpoints/step-* in it; give a run folder, 'latest', or "
         "start anew with 'never'"
@@ -87,14 +91,20 @@ def whole_checkpoint(folder):
 
 def open_run(cfg):
     """(run folder, checkpoint to resume from or None, lock), the same on all processes."""
-    folder, checkpoint = broadcast(choose_folder(cfg) if rank() == 0 else None)
-    if checkpoint:
-        check_same_run(folder, cfg)
-    return folder, checkpoint, lock(folder) if rank() == 0 else None
+    folder = checkpoint = held = None
+    if rank() == 0:
+        folder, goes_on = choose_folder(cfg)
+        held = lock(folder)  # first: a run that is alive may delete a checkpoint that we read
+        checkpoint = whole_checkpoint(folder) if goes_on else None
+        if checkpoint:
+            print(f"resuming {folder} from {checkpoint.name}", flush=True)
+            check_same_run(folder, cfg)
+    return *broadcast((folder, checkpoint)), held
 
 
 def choose_folder(cfg):
-    """A name that is taken gets a number: nothing is overwritten."""
+    """(run folder, whether a run goes on there). A name that is taken gets a number: nothing is
+    overwritten."""
     root = Path(cfg.output_dir)
     trained = re.sub("@https?://[^,:]+:[0-9]+", "", cfg.rewards)
     trained = trained.replace(",", "+").replace(":", "=")
@@ -102,16 +112,16 @@ def choose_folder(cfg):
     if Path(name).name != name:
         usage_error(f"--run-name {name}: a name, not a path; the folder is made in {root}")
     if cfg.resume not in ("never", "latest"):
-        return Path(cfg.resume), whole_checkpoint(Path(cfg.resume))
+        if not checkpoints(cfg.resume):
+            no_checkpoint(cfg.resume)
+        return Path(cfg.resume), True
     latest = latest_run(root, name, cfg.max_steps) if cfg.resume == "latest" else None
     if latest:
-        checkpoint = whole_checkpoint(latest)
-        print(f"resuming {latest} from {checkpoint.name}", flush=True)
-        return latest, checkpoint
+        return latest, True
     folder, number = root / name, 2
     while folder.exists():
         folder, number = root / f"{name}-{number}", number + 1
-    return folder, None
+    return folder, False
 
 
 def latest_run(root, name, max_steps):
@@ -146,8 +156,11 @@ def check_same_run(folder, cfg):
 def lock(folder):
     """Keep this run folder for this process. The system releases the lock when the process ends,
     however it ends. Returns the open file, which is the lock."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as problem:
+        usage_error(f"--output-dir: {folder} cannot be written ({problem.strerror}); give another")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -157,17 +170,27 @@ def lock(folder):
     return file
 
 
-def begin_log(folder, start, cfg):
-    """Write config.json. Drop the lines of steps that will be repeated, so that the log of a
-    resumed run equals that of an uninterrupted one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, first in (("metrics.jsonl", start), ("test.jsonl", start + 1 if start else 0)):
+def begin_log(folder, start, cfg, rewards):
+    """Write config.json. Drop the lines and files of steps that will be repeated, so that the log
+    of a resumed run equals that of an uninterrupted one."""
+    first_test = start + 1 if start else 0
+    for name, first in (("metrics.jsonl", start), ("test.jsonl", first_test)):
         path = folder / name
         if path.exists():
             write_jsonl(path, [row for row in read_jsonl(path) if row["step"] < first])
+    for place, first in (("rollouts", start), ("tests", first_test), ("samples", first_test)):
+        for path in (folder / place).glob("step_*"):
+            if int(re.sub(r"\D", "", path.stem) or 0) >= first:
+                path.unlink()
+    inputs = inputs_of(cfg, rewards)
+    if start:
+        check_same_inputs(folder, inputs)
+    flags = asdict(cfg)
+    flags["judge_url"] = [without_password(url) for url in cfg.judge_url]
     config = {
-        "flags": asdict(cfg),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "flags": flags,
+        "inputs": inputs,
+        "command": without_password(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "processes": world_size(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -176,6 +199,26 @@ def begin_log(folder, start, cfg):
     }
     with atomic(folder / "config.json") as file:
         json.dump(config, file, indent=2)
+
+
+def inputs_of(cfg, rewards):
+    """What a run reads besides its flags, as texts that change with the contents."""
+    inputs = {name: reward.identity for name, reward in rewards.items()}
+    for flag in ("prompts", "test_prompts"):
+        path = Path(getattr(cfg, flag))
+        inputs[flag] = f"crc32 {crc32(path):08x}" if path.is_file() else str(path)
+    return inputs
+
+
+def check_same_inputs(folder, inputs):
+    """A resumed run has the same prompts, reward models, judge and question."""
+    then = read_json(folder / "config.json").get("inputs", {})
+    for name in then.keys() & inputs.keys():
+        if then[name] != inputs[name]:
+            usage_error(
+                f"--resume: {folder} was started with {name} = {then[name]!r}, which now is "
+                f"{inputs[name]!r}; restore it, or start a new run under another --run-name"
+            )
 
 
 # --- checkpoints --------------------------------------------------------------------------------

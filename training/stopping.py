@@ -3,13 +3,17 @@
 Read next: run_folder.py
 """
 
+import contextlib
 import os
 import signal
 import sys
 import time
 from collections import Counter
 
-from training.processes import end_processes, gather, rank
+import torch
+
+from training.processes import end_processes, gather, rank, world_size
+from training.records import mean
 from training.run_folder import checkpoints
 
 MAX_KL = 2.0  # nats per token; the longest runs that made sense stayed below 0.7
@@ -29,7 +33,7 @@ class StopSignal:
     def receive(self, number, frame):
         code = 128 + number  # what a shell reports for this signal
         if self.time and time.monotonic() - self.time > 10:
-            raise SystemExit(code)
+            os._exit(code)  # without waiting for threads, servers or other processes
         if rank() == 0 and not self.time:
             os.write(2, b"\nstopping after this step; repeat it in ten seconds to stop at once\n")
         self.time, self.code = self.time or time.monotonic(), self.code or code
@@ -62,13 +66,49 @@ def stop_if_diverged(metrics, step, folder):
     end_processes(3)
 
 
-def what_is_wrong(metrics, skipped, rewards, max_failures):
-    """Why this run must not go on, or "". skipped: steps in a row that were not taken."""
-    if metrics["failed"] > max_failures:
+class NoScores(Exception):
+    """So many rollouts of a step have no score that training on it would follow the KL alone."""
+
+
+def check_scores(scores, rewards, max_failures):
+    """Raise NoScores, on all processes alike, if a larger share of a step's rollouts than
+    max_failures has no score. Nothing has been trained then, apart from an adversary, which will
+    have learned twice from these pictures."""
+    failed = torch.stack([scores[name].isnan() for name in rewards]).any(0)
+    share = mean(gather(failed.tolist()))
+    if share > max_failures:
         reasons = Counter()
         for reward in rewards.values():
             reasons |= getattr(reward, "failures", Counter())
-        return f"{metrics['failed']:.0%} of the rollouts had no score: {dict(reasons)}"
+        raise NoScores(f"{share:.0%} of the rollouts had no score: {dict(reasons)}")
+
+
+@contextlib.contextmanager
+def rescued(save):
+    """Around a step: if its rollouts have no scores, or memory runs out, save what was before it
+    and end the run with code 3. The step is repeated when the run goes on."""
+    try:
+        yield
+    except NoScores as reason:
+        give_up(reason, 3, save())
+    except torch.OutOfMemoryError as problem:
+        reason = f"out of memory ({str(problem).splitlines()[0]}); lower --micro-batch, or use "
+        reason += "--gradient-checkpointing, --lora-rank or --shard"
+        if world_size() == 1:
+            give_up(reason, 3, save())
+        print(reason, file=sys.stderr)  # the other processes are in the middle of the step
+        end_processes(3)
+
+
+def stop_if_wrong(metrics, skipped, save):
+    """Save and end the run with code 3 if it must not go on."""
+    reason = what_is_wrong(metrics, skipped)
+    if reason:
+        give_up(reason, 3, save())
+
+
+def what_is_wrong(metrics, skipped):
+    """Why this run must not go on, or "". skipped: steps in a row that were not taken."""
     if not metrics["processes_agree"]:
         return "the processes train different policies: their weights are no longer the same"
     if skipped >= PATIENCE:
