@@ -1,5 +1,6 @@
 """Whole runs of grpo.py, as a user starts them. The mathematics is in test_method.py."""
 
+import http.server
 import json
 import os
 import shlex
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -16,6 +18,8 @@ import tyro
 
 import generate
 import grpo
+from reward_models import serving
+from reward_models.image_statistics import Jpeg
 from training import checks, log, run_folder, stopping
 from training.files import ROOT
 from training.policy import trainable
@@ -185,6 +189,41 @@ def test_a_file_that_cannot_be_written_is_named_in_one_line(tmp_path):
     process = limited(1, [sys.executable, "-c", code, tmp_path / "a.txt"])
     assert process.returncode == 1 and not list(tmp_path.iterdir())
     assert process.stderr.startswith(f"error: {tmp_path}/a.txt: File too large; free some space")
+
+
+@pytest.mark.parametrize("where", ["/dev/null/x", "y" * 300])
+def test_a_place_that_cannot_be_written_is_one_line(where):
+    code = f"from training.files import atomic\nwith atomic({where!r}) as file: pass"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1 and "name another" in run.stderr
+
+
+def test_a_name_that_is_no_utf_8_can_be_printed():
+    code = "import training.files; print('\\udce9')"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_run_that_waits_for_a_silent_server(tmp_path):
+    asked = threading.Event()
+
+    class Silent(serving.ServedReward):
+        reward, name = Jpeg(), "jpeg"
+
+        def do_POST(self):
+            asked.set()
+            time.sleep(60)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    served = f"jpeg@http://127.0.0.1:{server.server_port}"
+    process = start([*SMALL, "--rewards", f"hps,{served}", "--output-dir", str(tmp_path)])
+    assert asked.wait(60)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(10.5)
+    assert process.wait(2) == 143
+    server.shutdown()
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before_it_whole(

@@ -1,7 +1,7 @@
 """Makes the whole tiny world from nothing: prompts, policy, reward models, artifact pairs.
 
-Run:   python -m tiny_world.train                  about two hours; a stopped training goes on when
-                                                   the command is repeated
+Run:   python -m tiny_world.train                  about four hours on one core; a stopped training
+                                                   goes on when the command is repeated
        python -m tiny_world.train --only dino      one checkpoint
 
 You should see:  a progress bar for each checkpoint, then a line that says how good it is.
@@ -43,7 +43,7 @@ def splits():
 
 def make_policy(cfg, out, unfinished):
     good = make_pictures(100000, 0.12, cfg.seed)
-    worse = make_pictures(40000, 0.2, cfg.seed + 1, forgotten=0.12)
+    worse = make_pictures(40000, 0.2, cfg.seed + 1, forgotten=0.16)
     vq, typical = train_vq(good[2], cfg.seed, unfinished=unfinished)
     examples = (make_examples(typical, *pictures[:3]) for pictures in (good, worse))
     policy = train_policy(vq, *examples, cfg.seed, unfinished=unfinished)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]  # of the repository
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+WRONG = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 def usage_error(message):
@@ -76,7 +76,7 @@ def one_line(kind, error, trace):
     """For sys.excepthook: Ctrl-C, and a file that cannot be read or written, cost one line."""
     if issubclass(kind, KeyboardInterrupt):
         print("stopped; every file that is there is whole", file=sys.stderr)
-    elif issubclass(kind, OSError) and error.errno in FULL + FORBIDDEN:
+    elif issubclass(kind, OSError) and error.errno in FULL + WRONG:
         where = error.filename or "writing failed"
         remedy = "free some space, or write elsewhere," if error.errno in FULL else "name another"
         print(f"error: {where}: {error.strerror}; {remedy} and repeat the command", file=sys.stderr)
