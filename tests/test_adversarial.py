@@ -306,7 +306,9 @@ def test_dino_stays_as_it_is_and_the_head_moves():
     dino, head = ([p.clone() for p in part.parameters()] for part in parts)
     adversary.learn(PROMPTS, BROKEN)
     assert all((a == b).all() for a, b in zip(dino, adversary.dino.parameters()))
-    assert all((a != b).any() for a, b in zip(head, adversary.head.parameters()))
+    moved = [(a != b).any() for a, b in zip(head, adversary.head.parameters())]
+    # While all scores are within the hinge's margin, the gradients of the last bias cancel out.
+    assert all(moved[:-1])
 
 
 def test_of_pickscore_only_the_last_two_layers_of_the_vision_tower_move():

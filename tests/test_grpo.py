@@ -1,8 +1,10 @@
 """Whole runs of grpo.py, as a user starts them. The mathematics is in test_method.py."""
 
+import contextlib
 import http.server
 import json
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -33,7 +35,7 @@ SMALL = (
 ).split()
 
 
-def start(args, processes=1, restarts=0):
+def start(args, processes=1, restarts=0, **options):
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone"]
@@ -45,6 +47,7 @@ def start(args, processes=1, restarts=0):
         text=True,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
     )
 
 
@@ -138,6 +141,33 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(whole_run, tmp_path):
     assert metrics_of(tmp_path / "killed") == metrics_of(whole_run)
     tests = [read_jsonl(run / "test.jsonl") for run in (tmp_path / "killed", whole_run)]
     assert tests[0] == tests[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_any_moment_a_run_resumes_as_if_nothing_had_happened(
+    processes, whole_run, tmp_path
+):
+    """Ten random moments: while it loads, samples, scores, learns, tests, saves or draws."""
+    rng, began = random.Random(processes), time.monotonic()
+    base = [*SMALL, "--max-steps", "4", "--resume", "latest"]
+    finish(start([*base, "--output-dir", str(tmp_path / "timed")], processes))
+    duration = time.monotonic() - began
+    for number in range(10):
+        args = [*base, "--output-dir", str(tmp_path / str(number)), "--run-name", "run"]
+        process = start(args, processes, start_new_session=True)
+        time.sleep(rng.uniform(0.2, 1) * duration)
+        with contextlib.suppress(ProcessLookupError):  # it was quicker
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        finish(start(args, processes))
+        # Before its first checkpoint a run has nothing to resume from: the next takes a new name.
+        run = max((tmp_path / str(number)).glob("run*"), key=lambda path: path.name)
+        expected = metrics_of(whole_run)
+        for got, known in zip(metrics_of(run), expected, strict=True):
+            assert got == (known if processes == 1 else pytest.approx(known, rel=1e-4, abs=1e-5))
+        assert [row["step"] for row in read_jsonl(run / "test.jsonl")] == [0, 2, 4]
+        assert not list(run.rglob("*.partial"))
 
 
 def test_a_resumed_run_keeps_its_flags(whole_run, capsys):
