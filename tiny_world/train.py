@@ -43,7 +43,7 @@ def splits():
 
 def make_policy(cfg, out, unfinished):
     good = make_pictures(100000, 0.12, cfg.seed)
-    worse = make_pictures(40000, 0.2, cfg.seed + 1, forgotten=0.16)
+    worse = make_pictures(40000, 0.2, cfg.seed + 1, forgotten=0.14)
     vq, typical = train_vq(good[2], cfg.seed, unfinished=unfinished)
     examples = (make_examples(typical, *pictures[:3]) for pictures in (good, worse))
     policy = train_policy(vq, *examples, cfg.seed, unfinished=unfinished)
