@@ -166,8 +166,9 @@ def after_the_peak(run):
 
 
 def onset(run):
-    """The step of the onset of hacking, by the rule in this file's header, or None."""
-    if "gold" not in read_run(run).tests[0]:
+    """The step of the onset of hacking, by the rule in this file's header, or None. The control has
+    none: what falls there is drift."""
+    if "gold" not in read_run(run).tests[0] or is_control(run):
         return None
     step, gold, error, proxy = after_the_peak(run)
     return step if gold < -2 * error and proxy > 0 else None
