@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -356,11 +357,13 @@ def test_a_run_that_diverges_ends_and_keeps_the_last_good_checkpoint(rate, tmp_p
     )
     _, err = finish(start([*args, *extended, "--learning-rate", rate]), code=3)
     assert "the policy has diverged, and is not saved" in err and "lower --learning-rate" in err
-    (good,) = run_folder.checkpoints(tmp_path / "lost")
-    assert good.name == "step-000001" and f"{good} is from before it" in err
+    *_, good = run_folder.checkpoints(tmp_path / "lost")
+    lost = int(re.search(r"step (\d+) has", err)[1])  # the policy that sampled this step
+    assert int(good.name[5:]) < lost and f"{good} is from before it" in err
     policy = generate.load_policy(str(good))
     assert all(p.isfinite().all() for p in policy.model.parameters())
-    assert {path.name for path in good.parent.iterdir()} <= {good.name, "step-000002.diverged"}
+    names = {path.name for path in good.parent.iterdir()}
+    assert names <= {"step-000001", good.name, f"step-{lost:06d}.diverged"}
 
 
 # --- run folders --------------------------------------------------------------------------------
