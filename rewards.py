@@ -101,8 +101,9 @@ def load(name, device="cpu", checkpoint=None, url=None, **options):
             usage_error(f"{name} has no tiny checkpoint; it works with a --model other than tiny")
     reward = kind(device=device, checkpoint=checkpoint, **options)
     reward.identity = guards.identity(reward, name, checkpoint)
-    place = Path(checkpoint or "").resolve()  # ours may also be named by its folder
-    reward.tiny = bool(kind.checkpoint) and ROOT / "tiny_world/checkpoints" in place.parents
+    # Ours may also be named by its folder. A judge on a server does not use it.
+    tiny = ROOT / "tiny_world/checkpoints" in Path(checkpoint or "").resolve().parents
+    reward.tiny = tiny and bool(kind.checkpoint) and not getattr(reward, "remote", False)
     return reward
 
 

@@ -26,6 +26,9 @@ from training import waiting
 from training.decode import file_digest, open_picture
 from training.files import usage_error
 
+# What a judgement depends on: an earlier one with the same is kept.
+KEY = ("prompt_id", "prompt", "sha256", "judge")
+
 
 def instruction(protocol, prompt, explanation):
     """The text that the judge gets with the picture."""
@@ -93,9 +96,6 @@ def judge_folder(judge, protocol, matched, known=(), save=lambda records: None, 
         records += new
         save(records)
     return records
-
-
-KEY = ("prompt_id", "prompt", "sha256", "judge")
 
 
 def head(row, path, model):

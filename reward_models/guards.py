@@ -19,8 +19,9 @@ def identity(reward, name, checkpoint):
     parts = [name, str(checkpoint or reward.checkpoint or "")]
     if checkpoint and Path(checkpoint).is_dir():  # the same folder may hold other weights today
         parts[1] = f"{Path(checkpoint).name} {fingerprint(checkpoint)}"
-    if hasattr(reward, "question"):  # of a judge
-        parts += [reward.question, reward.judge.model if reward.remote else ""]
+    parts.append(getattr(reward, "question", ""))
+    if getattr(reward, "remote", False):
+        parts.append(reward.judge.model)
     return " | ".join(filter(None, parts))
 
 

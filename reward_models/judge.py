@@ -120,7 +120,8 @@ class ServedJudge:
             self.model = self.model or (served or ["?"])[0]
             if self.model not in served:
                 names = ", ".join(served) or "no model"
-                usage_error(f"--judge-model {self.model}: {url} serves {names}; name one of these")
+                where = without_password(url)
+                usage_error(f"--judge-model {self.model}: {where} serves {names}; name one of them")
 
     def choose(self):
         """The server whose turn it is. One that was away is tried again after a while."""
@@ -183,11 +184,11 @@ class ServedJudge:
         except NONSENSE as problem:
             raise waiting.Unanswered("the answer came without a text") from problem
 
-    def ask(self, calls, total=None):
+    def ask(self, calls):
         """The results of these calls, several at a time; None, and a count in `failures`, for one
         without an answer."""
-        what, total = f"the judge at {self.address}", total or self.total
-        found = waiting.outcomes(waiting.start(calls), what, self.each, total)
+        what = f"the judge at {self.address}"
+        found = waiting.outcomes(waiting.start(calls), what, self.each, self.total)
         for i, result in enumerate(found):
             if isinstance(result, waiting.Unanswered):
                 self.failures[str(result)] += 1

@@ -224,6 +224,7 @@ class Unified:
         text = own if checkpoint and own.is_file() else ROOT / "prompts" / "unified.txt"
         self.question = text.read_text(encoding="utf-8").strip()
 
+        self.address = self.judge.address if self.remote else ""
         self.failures = self.judge.failures if self.remote else Counter()
 
     def __call__(self, prompts, images, metadata=None):

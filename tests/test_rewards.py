@@ -5,6 +5,7 @@ import math
 import random
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -101,6 +102,22 @@ def test_a_score_out_of_range_is_a_counted_failure():
     scores = rewards.score({"hps": reward}, ["p"] * 5, [None] * 5)["hps"]
     assert scores.isnan().tolist() == [False, True, True, False, True] and scores[0] == 0.5
     assert reward.failures == {"125000 is not from -1 to 1, the range of hps": 2}
+
+
+def test_a_reward_with_a_question_of_its_own_and_no_server_has_an_identity():
+    """ORM and VQAScore: their question is a part of the checkpoint."""
+    for kind in (rewards.ORM, rewards.VQAScore):
+        identity = guards.identity(object.__new__(kind), "x", None)
+        assert kind.question in identity and kind.checkpoint in identity
+
+
+def test_a_judge_on_a_server_may_see_photographs(monkeypatch):
+    served = types.SimpleNamespace(address="http://here", model="qwen", failures={})
+    monkeypatch.setattr(rewards.ArtifactReward, "remote", True)
+    monkeypatch.setattr("artifact_reward.ServedJudge", lambda *_: served)
+    reward = rewards.load("artifact", checkpoint="tiny", judge_urls=["http://here"])
+    assert not reward.tiny and reward.identity.endswith("qwen")
+    assert guards.scored_by(reward).endswith("qwen at http://here")
 
 
 def test_a_photograph_is_not_scored_with_the_checkpoint_of_the_tiny_world(hps, capsys):

@@ -84,8 +84,9 @@ def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lo
     kept = layers + kept if checkpointing else layers * kept
     # All logits wait for the backward pass; there, those of one head have four more copies.
     logits = (T * config.vq_config.num_embeddings, thought * llama.vocab_size)
-    vq_config, pixels = config.vq_config, (T * 16 * 16 if T > 64 else T * 4 * 4)
-    decoding = 3 * 4 * min(pictures, 16) * vq_config.base_channels * pixels
+    # Three float32 tensors of the decoder's last layer. Each stage but one doubles the side.
+    side = config.vq_config.num_patches * 2 ** (len(config.vq_config.channel_multiplier) - 1)
+    decoding = 3 * 4 * min(pictures, 16) * config.vq_config.base_channels * side**2
     state = {
         "weights, gradients, Adam: 16 bytes for each trained parameter": 16 * trained / share,
         "frozen weights: 2 bytes (sharded: 4)": (4 if sharded else 2) * frozen / share,

@@ -29,9 +29,9 @@ from training.processes import broadcast, end_processes, gather, rank, world_siz
 from training.records import read_json, read_jsonl, write_jsonl
 from training.sharding import full_model_state, full_optimizer_state, load_optimizer_state
 
-# What may differ when a run goes on: where it runs and what it writes, not what it computes, but
-# for rounding. (With
-# other --max-steps the learning rate falls along another line: that is what extending a run means.)
+# What may differ when a run goes on: where it runs and what it writes, not what it computes (but
+# for rounding). With another --max-steps the learning rate falls along another line: that is what
+# extending a run means.
 MAY_DIFFER = set(
     "resume output_dir run_name max_steps save_steps save_total_limit eval_steps best_of judge_url "
     "device max_failures micro_batch rollout_batch cuda_graph shard gradient_checkpointing "

@@ -45,7 +45,7 @@ def start(calls, workers=16):
     return futures
 
 
-def outcomes(futures, what, each=EACH, total=ALL):
+def outcomes(futures, what, each, total):
     """The result of each call, in order, or the Unanswered that it raised, or that it deserves:
     for one that took more than `each` seconds, and for what is left after `total` seconds."""
     begin, late, pending = time.monotonic(), {}, set(futures)
