@@ -82,19 +82,19 @@ def judge_folder(judge, protocol, matched, known=(), save=lambda records: None, 
     records = []
     for start in tqdm(range(0, len(firsts), 64), desc=f"WISE, {protocol}, 64 at a time"):
         heads = [head(row, path, judge.model) for row, path in firsts[start : start + 64]]
-        new = [judged.get(tuple(record[key] for key in KEY)) for record in heads]
+        new = [judged.pop(tuple(record[key] for key in KEY), None) for record in heads]
         todo = [i for i, record in enumerate(new) if record is None]
         calls = [
             functools.partial(judge_picture, judge, protocol, *firsts[start + i], attempts)
             for i in todo
         ]
         what, each = f"the judge at {judge.address}", judge.each * attempts
-        found = waiting.outcomes(waiting.start(calls), what, each, math.inf)
+        found = waiting.outcomes(waiting.start(calls), what, each, each * len(calls))
         for i, result in zip(todo, found):
             failed = {**dict.fromkeys(names, math.nan), "evaluation": str(result)}
             new[i] = heads[i] | (failed if isinstance(result, waiting.Unanswered) else result)
         records += new
-        save(records)
+        save([*records, *judged.values()])  # earlier judgements that are not due yet stay
     return records
 
 

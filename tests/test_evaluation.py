@@ -223,6 +223,16 @@ def test_a_wise_judgement_is_saved_as_it_goes_and_not_made_again(tmp_path):
     assert [r["score"] for r in judged(again, "verified", tmp_path, known=known)] == [0, 0]
 
 
+def test_a_stop_does_not_lose_the_judgements_that_are_not_due_yet(tmp_path):
+    picture().save(tmp_path / "1.png")
+    row = {"prompt": "p", "tag": "t"}
+    matched = [(row | {"id": str(i)}, 0, tmp_path / "1.png") for i in range(1, 66)]
+    known = wise.judge_folder(ScriptedJudge(["Score: 1"] * 65), "verified", matched)
+    saved = []
+    again = wise.judge_folder(ScriptedJudge([]), "verified", matched, known, saved.append)
+    assert again == known and [len(records) for records in saved] == [65, 65]
+
+
 def test_an_id_that_is_no_number_is_refused_before_anything_is_judged(tmp_path, capsys):
     rows = [({"id": i, "prompt": "p", "tag": ""}, 0, tmp_path / "1.png") for i in ("1", "bonus-1")]
     with pytest.raises(SystemExit, match="2"):
