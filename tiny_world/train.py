@@ -1,6 +1,6 @@
 """Makes the whole tiny world from nothing: prompts, policy, reward models, artifact pairs.
 
-Run:   python -m tiny_world.train                  about four hours on one core; a stopped training
+Run:   python -m tiny_world.train                  about 3.5 hours on one core; a stopped training
                                                    goes on when the command is repeated
        python -m tiny_world.train --only dino      one checkpoint
 
