@@ -389,6 +389,7 @@ def policy_sampler(cfg, device, dtype):
     cast_frozen_weights(policy).model.to(device)
     policy.cuda_graph = cfg.cuda_graph
     weight = default_cfg_weight(policy) if cfg.cfg_weight is None else cfg.cfg_weight
+    cfg.max_thought = cfg.max_thought or (64 if policy.grid == 8 else 128)
 
     def sample_batch(prompts, keys):
         rollouts = sample(policy, prompts, keys, cfg.cot, weight, cfg.max_thought)
@@ -407,14 +408,12 @@ class Config:
     seed: int = 42  # with the number of the prompt and of the picture, all the randomness
     cot: bool = True  # write a thought before drawing
     cfg_weight: float | None = None  # guidance weight w [the checkpoint's own]
-    max_thought: int = 64  # longest thought, in tokens
+    max_thought: int | None = None  # longest thought, in tokens [tiny: 64; else 128]
     batch_size: int | None = None  # pictures at a time [Janus: 32; a diffusers pipeline: 1]
     cuda_graph: bool = True  # on a GPU: record the step of one token and replay it
     limit: int = 0  # only the first prompts; 0 = all
     # geneval: as it is; else also export for this official scorer
-    layout: Literal["geneval", "t2i-compbench", "wise", "dpg", "hpdv2"] = (
-        "geneval"  # also export so
-    )
+    layout: Literal["geneval", "t2i-compbench", "wise", "dpg", "hpdv2"] = "geneval"
     overwrite: bool = False  # draw again what is there already
     device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic [cuda: bfloat16]

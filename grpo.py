@@ -52,6 +52,7 @@ from training.prompts import jobs_of_step
 class Config:
     rewards: str = "hps,artifact"  # train the policy: name or name:weight, separated by commas
     eval_rewards: str | None = None  # held out: logged, never trained on [tiny: gold and its parts]
+    preset: Literal["ours", "t2i-r1"] = "ours"  # t2i-r1: as released, see docs/differences.md
     model: str = "tiny"  # "tiny" makes every component tiny; or a folder or hub name of a Janus
     prompts: str | None = None  # training prompts [tiny_world/prompts/ or prompts/train.jsonl]
     test_prompts: str | None = None  # prompts of the tests [.../test.jsonl]
@@ -61,6 +62,7 @@ class Config:
     max_steps: int | None = None  # steps of training [tiny: 80; else 1600]
     learning_rate: float | None = None  # AdamW's highest, falls to 0 [tiny: 3e-4; else 1e-6]
     warmup_ratio: float | None = None  # share of the steps in which it rises [tiny: .33; else 0]
+    adam_beta2: float | None = None  # memory of AdamW's second moment [.99; t2i-r1: .999]
     beta: float | None = None  # weight of the KL to the reference policy [tiny: .02; else .01]
     epsilon: float = 0.2  # clip range below 1
     epsilon_high: float = 0.2  # clip range above 1; DAPO takes .28
@@ -74,10 +76,10 @@ class Config:
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 
     cot: bool = True  # write a thought before drawing, and train the thought too
-    max_thought: int = 64  # longest thought, in tokens
+    max_thought: int | None = None  # its longest, in tokens [tiny: 64; else 128; t2i-r1: 1024]
     cfg_weight: float | None = None  # guidance weight w of sampling [tiny: 1, Janus-Pro: 5]
     # log-probabilities guided as sampled (exact); cond: without (as released); none: both without
-    guidance: Literal["guided", "cond", "none"] = "guided"
+    guidance: Literal["guided", "cond", "none"] | None = None  # [guided; t2i-r1: cond]
 
     seed: int = 42  # with step, prompt and sample number, all the randomness there is
     micro_batch: int = 64  # rollouts in one forward and backward pass
@@ -169,8 +171,7 @@ def grpo_loss(logprobs_NS, old_NS, reference_NS, advantages_N, mask_NS, beta, ep
 
 def learning_rate(step, cfg):
     """Linear warm-up: Adam's first steps are of full size, however little it knows. Then linear
-    decay to 0, as T2I-R1 (the Trainer's default): at a constant rate the noise of the gradient
-    keeps moving the policy, which costs KL and gains no reward."""
+    decay to 0, as T2I-R1: at a constant rate noise keeps moving the policy, which only costs KL."""
     warmup = int(cfg.warmup_ratio * cfg.max_steps)
     rising, falling = (step + 1) / (warmup + 1), (cfg.max_steps - step) / (cfg.max_steps - warmup)
     return cfg.learning_rate * min(rising, falling)
@@ -330,9 +331,8 @@ def evaluate_policy(policy, reference, rewards, rows, cfg):
 
 
 def best_of_n_pool(policy, reference, rewards, rows, cfg):
-    """Records of `best_of` pictures of the base policy for each of 40 test prompts. Best-of-n
-    optimises the weighted sum of the same rewards, but only among pictures of the base policy: any
-    extra damage by RL is done with pictures unlike those that the rewards were trained on."""
+    """Records of `best_of` pictures of the base policy for each of 40 test prompts. Best-of-n takes
+    the same rewards, but chooses among pictures like those that the rewards were trained on."""
     pool, n = [], cfg.best_of
     for i in range(processes.rank(), min(40, len(rows)), processes.world_size()):
         with sharding.as_reference(policy, reference) as original:
@@ -375,7 +375,7 @@ def load_policies(cfg, checkpoint=None):
 
 def make_optimizer(policy, cfg):
     """AdamW without weight decay: the KL penalty already pulls towards the reference policy."""
-    return torch.optim.AdamW(trainable(policy), cfg.learning_rate, (0.9, 0.99), weight_decay=0)
+    return torch.optim.AdamW(trainable(policy), betas=(0.9, cfg.adam_beta2), weight_decay=0)
 
 
 def load_rewards(cfg, weights, heldout, rows):

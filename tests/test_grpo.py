@@ -578,6 +578,7 @@ BAD_USAGE = [
     ("--num-generations 1", "a group of one"),
     ("--warmup-ratio 1", "from 0 to below 1"),
     ("--warmup-ratio nan", "must be a number"),
+    ("--adam-beta2 1", "from 0 to below 1"),
     ("--rewards gold", "cannot be held out"),
     ("--rewards hps,edges", "can only be in --eval-rewards"),
     ("--rewards hps,artifact:200 --combine mean", "uses no weights"),
@@ -627,6 +628,23 @@ def test_every_preset_fills_a_flag_that_has_no_default():
     flags = {name for name, value in vars(grpo.Config()).items() if value is None}
     for preset in checks.PRESETS.values():
         assert preset.keys() <= flags
+
+
+def test_the_preset_t2i_r1_is_as_released_unless_told_otherwise(capsys):
+    cfg = grpo.Config(model="some/Janus", preset="t2i-r1", max_thought=512)
+    checks.fill_presets(cfg)
+    assert (cfg.guidance, cfg.adam_beta2, cfg.max_thought) == ("cond", 0.999, 512)
+    assert (cfg.learning_rate, cfg.beta) == (1e-6, 0.01)
+    assert capsys.readouterr().out == "--preset t2i-r1: --guidance cond --adam-beta2 0.999\n"
+    cfg = grpo.Config(model="some/Janus")
+    checks.fill_presets(cfg)
+    assert (cfg.guidance, cfg.adam_beta2, cfg.max_thought) == ("guided", 0.99, 128)
+    assert capsys.readouterr().out == ""
+
+
+def test_adam_has_the_beta2_of_the_flags(config):
+    optimizer = grpo.make_optimizer(generate.load_policy("tiny"), config(adam_beta2=0.5))
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.5)
 
 
 def test_config_json_says_what_was_run(whole_run):

@@ -7,12 +7,15 @@ import math
 from dataclasses import asdict
 
 from training.files import ROOT, usage_error
-from training.processes import world_size
+from training.processes import rank, world_size
 from training.prompts import load_prompts
 
-# What "[tiny: ...; else ...]" stands for in grpo.py's flags.
+# What "[tiny: ...; else ...; t2i-r1: ...]" stands for in grpo.py's flags.
 PRESETS = {
+    "ours": {"guidance": "guided", "adam_beta2": 0.99},
+    "t2i-r1": {"guidance": "cond", "adam_beta2": 0.999, "max_thought": 1024},
     "tiny": {
+        "max_thought": 64,
         "eval_rewards": "gold,gold-clean,gold-aligned",
         "prompts": str(ROOT / "tiny_world/prompts/train.jsonl"),
         "test_prompts": str(ROOT / "tiny_world/prompts/test.jsonl"),
@@ -22,6 +25,7 @@ PRESETS = {
         "beta": 0.02,
     },
     "real": {
+        "max_thought": 128,  # up to 50 words are asked for, about 65 tokens
         "eval_rewards": "",
         "prompts": str(ROOT / "prompts/train.jsonl"),
         "test_prompts": str(ROOT / "prompts/test.jsonl"),
@@ -42,9 +46,14 @@ NOT_NEGATIVE = (
 
 
 def fill_presets(cfg):
-    for name, value in PRESETS["tiny" if cfg.model == "tiny" else "real"].items():
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, value)
+    """Give each flag that was left out its value; a preset says which it sets."""
+    values = PRESETS["tiny" if cfg.model == "tiny" else "real"] | PRESETS[cfg.preset]
+    unset = {name: value for name, value in values.items() if getattr(cfg, name) is None}
+    for name, value in unset.items():
+        setattr(cfg, name, value)
+    if cfg.preset != "ours" and rank() == 0:
+        flags = [f"--{n.replace('_', '-')} {unset[n]}" for n in PRESETS[cfg.preset] if n in unset]
+        print(f"--preset {cfg.preset}: {' '.join(flags)}", flush=True)
 
 
 def num_processes(cfg):
@@ -74,6 +83,8 @@ def check_numbers(cfg):
         )
     if not 0 <= cfg.warmup_ratio < 1:
         usage_error(f"--warmup-ratio {cfg.warmup_ratio}: a share of the steps, from 0 to below 1")
+    if not 0 <= cfg.adam_beta2 < 1:
+        usage_error(f"--adam-beta2 {cfg.adam_beta2}: from 0 to below 1; AdamW's usual one is .999")
 
 
 def check_flags(cfg, num_rewards, processes):
