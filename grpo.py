@@ -102,7 +102,7 @@ class Config:
     question: str | None = None  # for the judge: a text or a file, as apo.py writes [its own]
     max_failures: float = 0.5  # stop when a larger share of a step's rollouts has no score
 
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # also log there
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also log there
     output_dir: str = "runs"  # run folders go here
     run_name: str | None = None  # name of the run folder [made of model, rewards and seed]
     resume: str = "never"  # "latest", or a run folder: continue from its last checkpoint
@@ -442,7 +442,7 @@ def main(cfg):
         with sharding.unsharded(policy, reference):
             log.pool(best_of_n_pool(policy, reference, rewards, test_rows, cfg))
     if processes.rank() == 0:
-        print(f"look at {report_page(folder)}")
+        log.end(report_page(folder))
     processes.end_processes()
 
 

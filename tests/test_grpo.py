@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,11 +24,11 @@ import generate
 import grpo
 from reward_models import serving
 from reward_models.image_statistics import Jpeg
-from training import checks, log, run_folder, stopping
+from training import checks, log, run_folder, stopping, trackers
 from training.files import ROOT
 from training.policy import trainable
 from training.prompts import load_prompts
-from training.records import read_jsonl
+from training.records import read_jsonl, write_jsonl
 
 SMALL = (
     "--rewards hps,artifact,adversarial --num-generations 2 --prompts-per-step 2 --eval-images 4 "
@@ -543,21 +544,57 @@ def test_skipped_steps_are_counted_in_a_row():
     assert run.step == 4 and run.is_due(2, 100) and run.is_due(3, 4) and not run.is_due(3, 100)
 
 
-def test_what_is_reported_elsewhere_is_what_is_logged(monkeypatch, tmp_path, capsys):
-    reported = []
-    stand_in = types.ModuleType("wandb")  # the real one needs an account
+class StandIn(types.ModuleType):
+    """wandb, whose real one needs an account: what it was told."""
 
-    def init(**given):
-        return types.SimpleNamespace(log=lambda numbers: reported.append((given["name"], numbers)))
+    def __init__(self):
+        super().__init__("wandb")
+        self.sent, self.started = [], []
+        self.Image = lambda file: ("image", Path(file).name)
 
-    stand_in.init = init
-    monkeypatch.setitem(sys.modules, "wandb", stand_in)
-    log.external_logger(grpo.Config(report_to="wandb"), tmp_path / "run7")(3, {"kl": 0.5})
-    assert reported == [("run7", {"kl": 0.5, "step": 3})]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # not installed
+    def init(self, **given):
+        self.started.append(given)
+        note = lambda *what, **more: self.sent.append((*what, *more.items()))
+        return types.SimpleNamespace(log=note, define_metric=note, finish=lambda: note("finish"))
+
+
+def test_what_a_tracker_gets_is_what_is_logged(monkeypatch, tmp_path):
+    wandb = StandIn()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    cfg = grpo.Config(report_to="wandb", judge_url=("http://me:secret@host:1/v1",))
+    tracker = trackers.start_tracker(cfg, tmp_path)
+    tracker.send(3, {"kl": 0.5}, {"fixed prompts": tmp_path / "samples/step_000003.png"})
+    tracker.finish()
+    assert wandb.sent == [
+        ("*", ("step_metric", "step")),
+        ({"kl": 0.5, "fixed prompts": ("image", "step_000003.png"), "step": 3},),
+        ("finish",),
+    ]
+    trackers.start_tracker(cfg, tmp_path)  # a resumed run is the same run, a new folder is not
+    (tmp_path / "new" / tmp_path.name).mkdir(parents=True)
+    trackers.start_tracker(cfg, tmp_path / "new" / tmp_path.name)
+    one, again, other = (given["id"] for given in wandb.started)
+    assert one == again != other and "secret" not in str(wandb.started)
+
+
+def test_a_tracker_that_is_not_installed_is_found_before_anything_is_loaded(
+    monkeypatch, capsys, config
+):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        log.external_logger(grpo.Config(report_to="tensorboard"), tmp_path)
-    assert "pip install tensorboard" in capsys.readouterr().err
+        checks.check_flags(config(report_to="trackio"), 1, 1)
+    assert "pip install trackio" in capsys.readouterr().err
+
+
+def test_the_end_of_a_run_sends_its_figures_and_changes(tmp_path):
+    sent = []
+    write_jsonl(tmp_path / "test.jsonl", [{"step": s, "hps": s / 10, "hps/se": 1} for s in (0, 4)])
+    tracker = types.SimpleNamespace(send=lambda *what: sent.append(what), finish=lambda: None)
+    ended = types.SimpleNamespace(folder=tmp_path, tracker=tracker)
+    log.Log.end(ended, "page")
+    ((step, changes, files),) = sent
+    assert step == 4 and changes == {"change/hps": pytest.approx(0.4)}
+    assert [file.name for file in files.values()] == ["hacking.png", "training.png"]
 
 
 def test_a_step_is_summarized_without_its_failed_scores():

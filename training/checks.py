@@ -9,6 +9,7 @@ from dataclasses import asdict
 from training.files import ROOT, usage_error
 from training.processes import rank, world_size
 from training.prompts import load_prompts
+from training.trackers import check_installed
 
 # What "[tiny: ...; else ...; t2i-r1: ...]" stands for in grpo.py's flags.
 PRESETS = {
@@ -90,6 +91,7 @@ def check_numbers(cfg):
 def check_flags(cfg, num_rewards, processes):
     """Refuse what cannot work; returns (training prompts, test prompts), lists of rows."""
     check_numbers(cfg)
+    check_installed(cfg.report_to)
     if cfg.num_generations < 2:
         usage_error(
             f"--num-generations {cfg.num_generations}: a group of one has no baseline; use 4 or "

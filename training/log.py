@@ -5,17 +5,16 @@ Read next: run_folder.py
 
 import math
 import time
-from dataclasses import asdict
 
 import torch
 from tqdm import tqdm
 
 from training import pictures
-from training.files import usage_error
 from training.processes import gather, rank
-from training.records import append_jsonl, mean, test_means, write_jsonl
+from training.records import append_jsonl, mean, read_jsonl, test_means, write_jsonl
 from training.run_folder import begin_log
 from training.sharding import DTensor
+from training.trackers import start_tracker
 
 
 def make_records(rows, rollouts, scores):
@@ -58,37 +57,6 @@ def check_weights(policy):
     }
 
 
-def external_logger(cfg, folder):
-    """A function (step, numbers) for --report-to; the run folder is written in any case."""
-    if cfg.report_to == "none":
-        return lambda step, numbers: None
-    try:
-        if cfg.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(folder / "tensorboard")
-
-            def write(step, numbers):
-                for name, value in numbers.items():
-                    writer.add_scalar(name, value, step)
-                writer.flush()  # it would keep two minutes of numbers in memory
-
-            return write
-        import wandb
-    except ImportError:
-        name = cfg.report_to
-        usage_error(f"--report-to {name}: not installed; pip install {name}, or drop the flag")
-    session = wandb.init(
-        project="artifact-reward",
-        name=folder.name,
-        id=folder.name,
-        resume="allow",
-        dir=folder,
-        config=asdict(cfg),
-    )
-    return lambda step, numbers: session.log(numbers | {"step": step})
-
-
 class Stopwatch:
     """Seconds of each part of a step, as metrics "seconds/<part>"."""
 
@@ -112,10 +80,9 @@ class Log:
         self.cfg, self.folder, self.writes = cfg, folder, rank() == 0
         self.trained, self.heldout = list(rewards.train), list(rewards.heldout)
         self.clock = Stopwatch()
-        self.report = lambda step, numbers: None
         if self.writes:
             begin_log(folder, start, cfg, rewards.all)
-            self.report = external_logger(cfg, folder)
+            self.tracker = start_tracker(cfg, folder)
             print(
                 f"{folder}/: trained on {' + '.join(self.trained)}; held out: "
                 f"{', '.join(self.heldout) or 'nothing'}; {cfg.prompts_per_step} prompts x "
@@ -140,7 +107,7 @@ class Log:
         if self.writes:
             line = {"step": step, **metrics, **self.clock.seconds}
             append_jsonl(self.folder / "metrics.jsonl", line)
-            self.report(step, metrics | self.clock.seconds)
+            self.tracker.send(step, metrics | self.clock.seconds, {})
             write_jsonl(self.folder / "rollouts" / f"step_{step:06d}.jsonl", records)
             shown = {name: f"{metrics[f'reward/{name}']:.3f}" for name in self.trained}
             shown |= {name: f"{metrics[f'held-out/{name}']:.3f}" for name in self.heldout}
@@ -162,9 +129,10 @@ class Log:
         means = test_means(records)
         write_jsonl(self.folder / "tests" / f"step_{step:06d}.jsonl", records)
         append_jsonl(self.folder / "test.jsonl", {"step": step, **means})
-        self.report(step, {f"test/{name}": value for name, value in means.items()})
         strip = self.folder / "samples" / f"step_{step:06d}.png"
         pictures.save_strip(images[: pictures.STRIP], strip)
+        numbers = {f"test/{name}": value for name, value in means.items()}
+        self.tracker.send(step, numbers, {"fixed prompts": strip})
         pictures.save_sheet(images, self.folder / "tests" / f"{'last' if step else 'first'}.png")
         names = [name for name in means if "/" not in name]
         shown = "  ".join(f"{n} {means[n]:.3f}±{means[f'{n}/se']:.3f}" for n in names)
@@ -174,3 +142,12 @@ class Log:
         """Write the records for best-of-n."""
         if self.writes:
             write_jsonl(self.folder / "best_of_n.jsonl", records)
+
+    def end(self, page):
+        """Name the page; send the changes from the first test to the last, and the two figures."""
+        first, *_, last = read_jsonl(self.folder / "test.jsonl")
+        changes = {f"change/{n}": last[n] - first[n] for n in first if "/" not in n and n != "step"}
+        files = {name: self.folder / f"{name}.png" for name in ("hacking", "training")}
+        self.tracker.send(last["step"], changes, files)
+        self.tracker.finish()
+        print(f"look at {page}")

@@ -1,0 +1,95 @@
+"""--report-to: the numbers and pictures of a run, also sent to TensorBoard, wandb or trackio.
+
+The run folder has everything in any case. A tracker only shows it elsewhere, while the run goes on.
+
+Read next: log.py
+"""
+
+import importlib.util
+import secrets
+from dataclasses import asdict
+
+from training.files import usage_error, without_password
+
+PROJECT = "artifact-reward"
+
+
+def check_installed(name):
+    """Exit code 2 if the library behind --report-to is missing."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        usage_error(f"--report-to {name}: not installed; pip install {name}, or drop the flag")
+
+
+def start_tracker(cfg, folder):
+    """The tracker of --report-to. Each kind has two methods: send(step, numbers, pictures), with
+    name -> number and name -> PNG file; and finish()."""
+    if cfg.report_to == "none":
+        return Nowhere()
+    flags = asdict(cfg) | {"judge_url": [without_password(url) for url in cfg.judge_url]}
+    kind = TensorBoard if cfg.report_to == "tensorboard" else Session
+    return kind(cfg.report_to, folder, flags)
+
+
+def run_id(folder):
+    """The folder's name and a few random letters, kept there: a resumed run is the same run, and a
+    new folder of an old name is another one."""
+    file = folder / ".run_id"
+    if not file.exists():
+        file.write_text(f"{folder.name}-{secrets.token_hex(3)}")
+    return file.read_text()
+
+
+class Nowhere:
+    def send(self, step, numbers, pictures):
+        pass
+
+    def finish(self):
+        pass
+
+
+class TensorBoard:
+    """tensorboard --logdir runs"""
+
+    def __init__(self, name, folder, flags):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder / "tensorboard")
+        self.writer.add_text("flags", "\n".join(f"    {k} {v}" for k, v in flags.items()))
+
+    def send(self, step, numbers, pictures):
+        import numpy as np
+        from PIL import Image
+
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+        for name, file in pictures.items():
+            pixels = np.asarray(Image.open(file).convert("RGB"))
+            self.writer.add_image(name, pixels, step, dataformats="HWC")
+        self.writer.flush()  # it would keep two minutes of numbers in memory
+
+    def finish(self):
+        self.writer.close()
+
+
+class Session:
+    """wandb, or trackio, which has the same functions."""
+
+    def __init__(self, name, folder, flags):
+        self.library, self.is_wandb = importlib.import_module(name), name == "wandb"
+        label = run_id(folder)
+        where = {"id": label, "dir": folder} if self.is_wandb else {}
+        self.run = self.library.init(
+            project=PROJECT, name=label, config=flags, resume="allow", **where
+        )
+        if self.is_wandb:  # its own counter of steps refuses to go back, as a resumed run does
+            self.run.define_metric("*", step_metric="step")
+
+    def send(self, step, numbers, pictures):
+        images = {name: self.library.Image(str(file)) for name, file in pictures.items()}
+        if self.is_wandb:
+            self.run.log(numbers | images | {"step": step})
+        else:
+            self.run.log(numbers | images, step)
+
+    def finish(self):
+        self.run.finish()
