@@ -261,44 +261,54 @@ def group_statistics(records, name, G):
 
 # --- a table over seeds ---------------------------------------------------------------------------
 
-CHANGE = "change, 95 % over seeds"
+CHANGE = "change, 95 % interval"
 
 
 def seeds_table(runs):
     """Rows: for each set of training rewards, the first test, the last test and the change.
 
-    The change has its 95 % interval over seeds. For a reward it is also given in standard
-    deviations within a prompt: about one makes an average picture the best of a few."""
+    The interval of the change is over seeds; of one seed, over its test prompts. For a reward the
+    change is also given in standard deviations within a prompt: about one makes an average picture
+    the best of a few."""
     rows = []
     for trained, members in runs_by_rewards(runs).items():
         pools = [records.pool for _, records in members]
         first, last = ([records.tests[i] for _, records in members] for i in (0, -1))
-        block = []
+        block, base = [], [first_records(run) for run, _ in members]
         for name in [name for name in first[0] if name != "step" and "/" not in name]:
-            scale = None
-            if all(pool and name in pool[0] for pool in pools) and "gold" not in name:
-                scale = mean(within_prompt_std(pool, name) for pool in pools)
+            scale, error = None, math.nan
+            if "gold" not in name and name not in ("kl", "artifact-free"):
+                scale = mean(within_prompt_std(records, name) for records in base)
+            if len(members) == 1:
+                error = change(members[0][0], name)[1]
             before, after = ([test[name] for test in tests] for tests in (first, last))
-            block.append(change_row(name, before, after, scale))
+            block.append(change_row(name, before, after, error, scale))
         if "gold" in first[0]:
             found = [onset(run) for run, _ in members]
             text = ", ".join("none" if step is None else f"step {step}" for step in found)
             block.append({"measured": "onset of hacking", "before": "", "after": "", CHANGE: text})
         if all(pools):
             block += best_of_rows(pools, names_in(members[0][1].config, "rewards"))
-        titles = [f"`{trained}`, {len(members)} seed{'s' if len(members) > 1 else ''}"]
+        number = f"{len(members)} seeds" if len(members) > 1 else "1 seed, intervals over prompts"
+        titles = [f"`{trained}`, {number}"]
         titles += [""] * (len(block) - 1)
         rows += [{"trained on": title} | row for title, row in zip(titles, block)]
     return rows
 
 
-def change_row(measured, before, after, scale=None):
-    """One measure of several seeds, before and after; the change also in units of `scale`."""
-    change, width = interval([b - a for a, b in zip(before, after)])
-    half_width = f" ± {width:.3f}" if math.isfinite(width) else ", one seed: no interval"
-    text = f"{change:+.3f}{half_width}"
-    if scale is not None:
-        text += f" ({change / scale:+.1f} within-prompt deviations)"
+def first_records(run):
+    """The records of the first test, the base policy's."""
+    return read_jsonl(sorted((Path(run) / "tests").glob("step_*.jsonl"))[0])
+
+
+def change_row(measured, before, after, error=math.nan, scale=None):
+    """One measure of the seeds, before and after; the change also in units of `scale`. error: the
+    standard error where there is one seed, NaN if it is unknown."""
+    gain, width = interval([b - a for a, b in zip(before, after)])
+    width = 1.96 * error if len(before) == 1 else width
+    text = f"{gain:+.3f}" + (f" ± {width:.3f}" if math.isfinite(width) else "")
+    if scale and scale > 0:
+        text += f" ({gain / scale:+.1f} within-prompt deviations)"
     return {"measured": measured, "before": mean(before), "after": mean(after), CHANGE: text}
 
 

@@ -481,9 +481,11 @@ def test_the_reward_with_the_largest_spread_dominates(tmp_path):
 def test_the_table_over_seeds_by_hand(tmp_path):
     """hps gains .1 and .3: mean .2, deviation .1 sqrt 2, error .1; t = 12.71 for two seeds."""
     pool = [{"id": "x", "sample": k, "hps": s, "total": s} for k, s in enumerate((0.0, 0.4))]
+    first = [row | {"gold": 0.5} for row in pool]  # deviation of hps .2828
     for seed, gain in (("a", 0.1), ("b", 0.3)):
         run = make_run(tmp_path / seed, [[0.5], [0.6]], [0.0, gain], seed=seed)
-        write_jsonl(run / "best_of_n.jsonl", pool)  # deviation .2828, best of 2: .4 against .2
+        write_jsonl(run / "best_of_n.jsonl", pool)  # best of 2: .4 against .2
+        write_jsonl(run / "tests/step_000000.jsonl", first)
     rows = hacking.seeds_table([tmp_path / "a", tmp_path / "b"])
     table = {row["measured"]: row for row in rows}
     assert rows[0]["trained on"] == "`hps`, 2 seeds" and rows[1]["trained on"] == ""
@@ -492,8 +494,14 @@ def test_the_table_over_seeds_by_hand(tmp_path):
     assert table["gold"][hacking.CHANGE] == "+0.100 ± 0.000"
     assert table["onset of hacking"][hacking.CHANGE] == "none, none"
     assert table["best of 2: hps"][hacking.CHANGE] == "+0.200 ± 0.000"
-    one = hacking.seeds_table([tmp_path / "a"])
-    assert one[1][hacking.CHANGE] == "+0.100, one seed: no interval"
+
+
+def test_the_interval_of_one_seed_is_over_its_prompts(tmp_path):
+    """Gold changes by 0 and .2: mean .1, standard error .1, times 1.96."""
+    run = make_run(tmp_path / "a", [[0.5, 0.5], [0.5, 0.7]], [0.0, 0.1], seed=1)
+    rows = hacking.seeds_table([run])
+    assert rows[0]["trained on"] == "`hps`, 1 seed, intervals over prompts"
+    assert {row["measured"]: row[hacking.CHANGE] for row in rows}["gold"] == "+0.100 ± 0.196"
 
 
 # --- pictures -------------------------------------------------------------------------------------
