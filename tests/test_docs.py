@@ -5,6 +5,7 @@ import ast
 import importlib
 import re
 import shlex
+import sys
 import textwrap
 from graphlib import TopologicalSorter
 
@@ -83,6 +84,18 @@ def test_an_import_that_goes_the_wrong_way_is_found():
     lazy = ast.parse("def f():\n    from rewards import load\n")
     assert uphill("training.files", lazy) == ["rewards"] and uphill("grpo", lazy) == []
     assert uphill("apo", ast.parse("import evaluate")) == ["evaluate"]
+
+
+def test_what_is_imported_is_required():
+    """But for what is of other environments: DeQA, whose repository's package is called src."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    required = {re.match(r"[\w-]*", line)[0] for line in lines} | {"PIL", "src", *LAYER}
+    for path in set(PRODUCT) - {ROOT / "reward_models/deqa_server.py"}:
+        for node in ast.walk(tree_of(path)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            missing = {name.split(".")[0] for name in names} - required - sys.stdlib_module_names
+            assert not missing, path
 
 
 def test_the_readme_states_the_order_of_the_imports():
