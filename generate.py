@@ -33,7 +33,7 @@ import torch
 import tyro
 from PIL import Image
 
-from evaluation.exports import export
+from evaluation.exports import PICTURES, export
 from training import cuda_graph
 from training.files import fingerprint, usage_error
 from training.pictures import write_pictures
@@ -403,7 +403,7 @@ class Config:
     prompt: Annotated[str, tyro.conf.Positional] = ""  # what to draw; or give --prompts
     prompts: str = ""  # a prompt file: JSONL, JSON, text, TSV/CSV or a folder of texts
     model: str = "tiny"  # "tiny", or a folder or hub name of a Janus or of a diffusers pipeline
-    num_images: int = 4  # pictures for each prompt
+    num_images: int | None = None  # for each prompt [4; t2i-compbench: 10; wise, hpdv2: 1]
     output_dir: str = "outputs"  # pictures go to <output-dir>/00000/samples/0000.png
     seed: int = 42  # with the number of the prompt and of the picture, all the randomness
     cot: bool = True  # write a thought before drawing
@@ -422,7 +422,8 @@ class Config:
 def main(cfg):
     if bool(cfg.prompt) == bool(cfg.prompts):
         usage_error('give one prompt, python generate.py "a red circle", or --prompts FILE')
-    if min(cfg.num_images, cfg.batch_size or 1) < 1:
+    num_images = PICTURES[cfg.layout] if cfg.num_images is None else cfg.num_images
+    if min(num_images, cfg.batch_size or 1) < 1:
         usage_error("--num-images and --batch-size must be 1 or more")
     rows = [{"id": "0", "prompt": cfg.prompt, "tag": ""}]
     rows = (load_prompts(cfg.prompts) if cfg.prompts else rows)[: cfg.limit or None]
@@ -437,7 +438,7 @@ def main(cfg):
     weights = fingerprint(checkpoint_folder(cfg.model))  # a folder may hold others today
     settings |= {"max_thought": cfg.max_thought, "dtype": str(dtype), "weights": weights}
     write_pictures(
-        rows, sample_batch, settings, cfg.output_dir, cfg.num_images, batch_size, cfg.overwrite
+        rows, sample_batch, settings, cfg.output_dir, num_images, batch_size, cfg.overwrite
     )
     if cfg.layout != "geneval":
         out = f"{cfg.output_dir}-{cfg.layout}"

@@ -20,6 +20,9 @@ from training.decode import open_picture
 from training.files import atomic, usage_error
 from training.pictures import read_manifest
 
+# For each prompt, as the official scorers expect. DPG-Bench's four are tiled into one.
+PICTURES = {"geneval": 4, "t2i-compbench": 10, "wise": 1, "dpg": 4, "hpdv2": 1}
+
 
 def export(root, layout, out, style="photo"):
     """Copy the pictures of generate.py under `root` into a benchmark's layout under `out`.

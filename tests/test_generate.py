@@ -372,6 +372,19 @@ def test_pictures_of_another_prompt_are_never_taken_for_this_one(tmp_path, capsy
     assert json.loads((tmp_path / "manifest.jsonl").read_text())["prompt"] == "a blue star"
 
 
+@pytest.mark.parametrize(
+    "layout, number", [("geneval", 4), ("t2i-compbench", 10), ("wise", 1), ("hpdv2", 1), ("dpg", 4)]
+)
+def test_the_number_of_pictures_is_that_of_the_layout(layout, number, monkeypatch, tmp_path):
+    sampler = lambda prompts, keys: ([Image.new("RGB", (4, 4))] * len(prompts), [""] * len(prompts))
+    monkeypatch.setattr(generate, "policy_sampler", lambda *_: (sampler, 1.0))
+    flags = dict(layout=layout, output_dir=str(tmp_path / "out"))
+    generate.main(generate.Config(prompt="a star", **flags))
+    assert len(list((tmp_path / "out").rglob("*.png"))) == number
+    generate.main(generate.Config(prompt="a sun", num_images=5, **flags))
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 5
+
+
 def test_pictures_of_other_settings_or_weights_are_made_again(tmp_path, capsys):
     shutil.copytree(ROOT / "tiny_world/checkpoints/policy", tmp_path / "policy")
 
