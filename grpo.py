@@ -60,7 +60,7 @@ class Config:
     num_generations: int = 8  # G, rollouts of a prompt: the group
     prompts_per_step: int = 16  # P, over all processes
     max_steps: int | None = None  # steps of training [tiny: 80; else 1600]
-    learning_rate: float | None = None  # AdamW's highest, falls to 0 [tiny: 3e-4; else 1e-6]
+    learning_rate: float | None = None  # AdamW's highest, falls to 0 [tiny: 2e-4; else 1e-6]
     warmup_ratio: float | None = None  # share of the steps in which it rises [tiny: .33; else 0]
     adam_beta2: float | None = None  # memory of AdamW's second moment [.99; t2i-r1: .999]
     beta: float | None = None  # weight of the KL to the reference policy [tiny: .02; else .01]

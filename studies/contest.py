@@ -2,7 +2,7 @@
 
 HPS alone is hacked. Papers propose different cures: penalise the distance from the base policy, add
 a second preference model, normalise, select, constrain, add a judge, let the reward learn, imitate
-the best picture, stop early. Here each cure trains the same tiny policy for the same 50 steps of
+the best picture, stop early. Here each cure trains the same tiny policy for the same 80 steps of
 128 pictures, from several seeds. Gold, which is held out, measures what became of the pictures:
 
     hps            after - before: the gain of the proxy
@@ -14,6 +14,7 @@ the best picture, stop early. Here each cure trains the same tiny policy for the
 Run:   python -m studies.contest              train what is missing (hours; a stopped contest goes
                                               on), then print the table, draw docs/contest.png
        python -m studies.contest --seeds 1    one seed, a table without intervals
+       python -m studies.contest --cures "no cure" control "judge, summed"    these three alone
 
 You should see:  a progress bar over all runs, then one line for each cure. Each run's numbers and
 command are kept in docs/contest/, so the table can be printed again without training.
@@ -40,7 +41,7 @@ from tqdm import tqdm
 import rewards
 from evaluation import hacking
 from evaluation.tables import interval, markdown
-from training.files import ROOT, atomic
+from training.files import ROOT, atomic, usage_error
 from training.records import mean, read_jsonl
 from training.run_folder import checkpoints
 
@@ -64,6 +65,7 @@ STOPPED = "early stopping"  # computed from the runs of "no cure", without train
 
 @dataclass
 class Config:
+    cures: tuple[str, ...] = tuple(CURES)  # those that are trained; names in studies/cures.json
     seeds: int = 3  # of each cure
     workers: int = os.cpu_count()  # runs at a time, a core each
     output_dir: str = "runs/contest"  # run folders go here
@@ -266,11 +268,14 @@ def print_table(rows, errors):
 
 
 def main(cfg):
+    for cure in cfg.cures:
+        if cure not in CURES:
+            usage_error(f"--cures {cure!r}: must be of studies/cures.json: {', '.join(CURES)}")
     # Seeds in the outer loop: a stopped contest has about as many runs of each cure.
     jobs = [
         (command(cfg, cure, seed), result_file(cfg, cure, seed), {"cure": cure, "seed": seed})
         for seed in range(1, cfg.seeds + 1)
-        for cure in CURES
+        for cure in cfg.cures
     ]
     errors = train_missing(jobs, cfg.workers)
     results = read_results(cfg)

@@ -679,11 +679,6 @@ def test_the_preset_t2i_r1_is_as_released_unless_told_otherwise(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_adam_has_the_beta2_of_the_flags(config):
-    optimizer = grpo.make_optimizer(generate.load_policy("tiny"), config(adam_beta2=0.5))
-    assert optimizer.param_groups[0]["betas"] == (0.9, 0.5)
-
-
 def test_config_json_says_what_was_run(whole_run):
     config = json.loads((whole_run / "config.json").read_text())
     assert config["flags"]["rewards"] == "hps,artifact,adversarial" and config["processes"] == 1

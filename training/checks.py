@@ -21,7 +21,7 @@ PRESETS = {
         "prompts": str(ROOT / "tiny_world/prompts/train.jsonl"),
         "test_prompts": str(ROOT / "tiny_world/prompts/test.jsonl"),
         "max_steps": 80,
-        "learning_rate": 3e-4,
+        "learning_rate": 2e-4,
         "warmup_ratio": 0.33,
         "beta": 0.02,
     },
