@@ -86,6 +86,21 @@ def test_a_lora_checkpoint_opens_like_any_other_and_resumes_from_its_matrices(
     assert none is None and torch.equal(grpo.all_logprobs(again, rollouts, cfg), expected)
 
 
+def test_peft_opens_the_adapter_of_a_checkpoint_beside_the_model_it_was_trained_from(
+    policy, cfg, tmp_path
+):
+    from peft import PeftModel
+
+    adapted = sharding.add_lora(copy.deepcopy(policy), 4)
+    rollouts = rollouts_of(policy, cfg)
+    learn(adapted, None, rollouts, cfg, sgd(adapted, 0.5))
+    expected = grpo.all_logprobs(adapted, rollouts, cfg)
+    adapted.adapter.save_pretrained(tmp_path / "lora")
+    base = copy.deepcopy(policy)
+    PeftModel.from_pretrained(base.model, tmp_path / "lora")  # adds the matrices in place
+    assert torch.allclose(grpo.all_logprobs(base, rollouts, cfg), expected, atol=1e-5)
+
+
 def test_lora_is_the_same_on_every_process_because_the_seed_decides(policy):
     one, two, other = (
         lora_weights(sharding.add_lora(copy.deepcopy(policy), 4, seed)) for seed in (1, 1, 2)
