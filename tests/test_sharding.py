@@ -213,6 +213,23 @@ def test_the_plan_of_the_tiny_policy_counts_what_is_there(policy):
     assert gigabytes["rollout: keys and values"] == pytest.approx(cache / 1e9)
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_checkpoint_is_as_large_as_planned(lora_rank, config, tmp_path):
+    cfg = config(lora_rank=lora_rank)
+    policy, _ = grpo.load_policies(cfg)
+    optimizer = grpo.make_optimizer(policy, cfg)
+    learn(policy, copy.deepcopy(policy), rollouts_of(policy, cfg), cfg, optimizer)
+    weights, moments = memory_plan.checkpoint_sizes(memory_plan.janus_config("tiny"), lora_rank)
+    policy.save(tmp_path, sharding.full_model_state(policy))
+    torch.save(sharding.full_optimizer_state(policy, optimizer), tmp_path / "optimizer.pt")
+    if lora_rank:
+        policy.adapter.save_pretrained(tmp_path / "lora")
+    saved = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
+    assert saved / 1e9 == pytest.approx(weights, rel=0.02)
+    size = (tmp_path / "optimizer.pt").stat().st_size
+    assert 0 < size / 1e9 - moments < 1e-4  # names and numbers of steps come on top
+
+
 @pytest.mark.parametrize("lora, planned", [(0, 27), (16, 26)])
 def test_the_plan_is_what_the_backward_pass_keeps(lora, planned, policy):
     """Bytes counted by saved_tensors_hooks: a layer of the width of Janus-Pro-1B, in bfloat16."""

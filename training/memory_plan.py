@@ -114,6 +114,13 @@ def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lo
     return counts, {name: value / 1e9 for name, value in parts.items()}
 
 
+def checkpoint_sizes(config, lora_rank):
+    """GB of a checkpoint's files: (weights, optimizer). float32 weights, all of them, and with LoRA
+    its matrices beside them; two moments of Adam for each trained parameter."""
+    total, trained, _ = count_parameters(config, lora_rank)
+    return 4 * (total + (trained if lora_rank else 0)) / 1e9, 8 * trained / 1e9
+
+
 def plan_of(cfg, world_size, rewards):
     """The plan of these flags of grpo.py; rewards: GB of their models."""
     try:
@@ -148,6 +155,13 @@ def print_plan(cfg, world_size, rewards):
     )
     for name, value in gigabytes.items():
         print(f"{value:9.2f} GB   {name}")
+    weights, optimizer = checkpoint_sizes(janus_config(cfg.model), cfg.lora_rank)
+    disk = (weights + optimizer) * (cfg.save_total_limit + 1)
+    print(
+        f"\na checkpoint: {weights:.1f} GB of weights, {optimizer:.1f} of optimizer, gathered in "
+        f"the memory of the first process' host; {cfg.save_total_limit} are kept and one is being "
+        f"written: {disk:.0f} GB of disk"
+    )
     remedies = {
         "--shard": not cfg.shard and world_size > 1,
         "--lora-rank 16": not cfg.lora_rank,

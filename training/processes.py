@@ -4,6 +4,7 @@ Read next: sharding.py
 """
 
 import atexit
+import datetime
 import math
 import os
 import sys
@@ -40,7 +41,10 @@ def start_processes(device="auto", most=math.inf):
         if number == 0 and started > most:
             print(f"{most} of {started} processes have a prompt in each step; the others end")
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, rank=number, world_size=min(started, most))
+        # The others wait while the first one writes a checkpoint: 85 GB for Janus-Pro-7B.
+        patience = datetime.timedelta(hours=2)
+        size = min(started, most)
+        dist.init_process_group(backend, rank=number, world_size=size, timeout=patience)
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
