@@ -197,8 +197,7 @@ def rollout(policy, rows, jobs, stream, cfg, may_halve=True):
     separates the random numbers of different uses: the step in training, -1 in tests, -2 for
     best-of-n."""
     if len(jobs) > cfg.rollout_batch:
-        starts = range(0, len(jobs), cfg.rollout_batch)
-        batches = [jobs[i : i + cfg.rollout_batch] for i in starts]
+        batches = [jobs[i : i + cfg.rollout_batch] for i in range(0, len(jobs), cfg.rollout_batch)]
         return generate.join([rollout(policy, rows, batch, stream, cfg) for batch in batches])
     keys = [(cfg.seed, stream, i, k) for i, k in jobs]
     prompts = [rows[i]["prompt"] for i, _ in jobs]
@@ -237,10 +236,8 @@ def reference_logprobs(policy, reference, rollouts, cfg):
 
 
 def update_policy(policy, reference_NS, optimizer, rollouts, advantages, cfg):
-    """`updates_per_rollout` optimizer steps on these rollouts. Returns metrics.
-
-    The mean goes over all tokens of all processes ("token mean", as DAPO): a process with longer
-    thoughts must not weigh its tokens less (T2I-R1 averages within each micro-batch)."""
+    """`updates_per_rollout` optimizer steps on these rollouts. Returns metrics. The mean goes over
+    all tokens of all processes ("token mean", as DAPO; T2I-R1: within each micro-batch)."""
     mask, cfg_weight = rollouts.mask, guidance_weights(cfg, policy)[1]
     advantages = advantages.to(mask.device)
     (tokens,) = processes.sum_over_processes([mask.sum().item()])
@@ -269,13 +266,16 @@ def update_policy(policy, reference_NS, optimizer, rollouts, advantages, cfg):
             optimizer.zero_grad()
             break
         optimizer.step()
-    kl = torch.where(mask, kl_k3(torch.cat(old), reference_NS), 0.0).sum().item()
-    sums = processes.sum_over_processes([loss_sum, clipped / tokens, kl, len(rollouts)])
+    old_NS = torch.cat(old)  # its mean over samples is minus the entropy
+    per_token = (kl_k3(old_NS, reference_NS), -old_NS)
+    kl, surprise = (torch.where(mask, values, 0.0).sum().item() for values in per_token)
+    sums = processes.sum_over_processes([loss_sum, clipped / tokens, kl, len(rollouts), surprise])
     return {
         "loss": sums[0] / cfg.updates_per_rollout,
         "clip_ratio": sums[1] / cfg.updates_per_rollout,
         "kl": sums[2] / sums[3],  # nats per rollout, of the policy that sampled: before the update
         "kl_per_token": sums[2] / tokens,
+        "entropy": sums[4] / tokens,  # nats per token
         "grad_norm": norm.item(),
         "skipped": int(not norm.isfinite()),
         "learning_rate": optimizer.param_groups[0]["lr"],

@@ -57,6 +57,18 @@ def check_weights(policy):
     }
 
 
+def with_errors(means):
+    """
+    >>> with_errors({"hps": 0.56, "hps/se": 0.011, "kl": 0.0, "kl/se": math.nan, "image/dark": 0.1})
+    'hps 0.560±0.011  kl 0.000'"""
+    errors = {name: means.get(f"{name}/se", math.nan) for name in means if "/" not in name}
+    parts = [
+        f"{name} {means[name]:.3f}" + (f"±{error:.3f}" if math.isfinite(error) else "")
+        for name, error in errors.items()
+    ]
+    return "  ".join(parts)
+
+
 class Stopwatch:
     """Seconds of each part of a step, as metrics "seconds/<part>"."""
 
@@ -134,9 +146,7 @@ class Log:
         numbers = {f"test/{name}": value for name, value in means.items()}
         self.tracker.send(step, numbers, {"fixed prompts": strip})
         pictures.save_sheet(images, self.folder / "tests" / f"{'last' if step else 'first'}.png")
-        names = [name for name in means if "/" not in name]
-        shown = "  ".join(f"{n} {means[n]:.3f}±{means[f'{n}/se']:.3f}" for n in names)
-        tqdm.write(f"test at step {step}:  {shown}")
+        tqdm.write(f"test at step {step}:  {with_errors(means)}")
 
     def pool(self, records):
         """Write the records for best-of-n."""
