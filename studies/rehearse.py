@@ -160,7 +160,7 @@ def make_cache(hub):
 
 # After a recipe's own flags: fewer pictures, steps and processes.
 SMALL = (
-    "--device cpu --num-generations 2 --max-steps 2 --eval-images 1 --eval-steps 2 --save-steps 1 "
+    "--device cpu --num-generations 2 --max-steps 1 --eval-images 1 --eval-steps 9 --save-steps 1 "
     "--best-of 0 --max-thought 12 --micro-batch 2 --output-dir runs --prompts prompts.txt "
     "--test-prompts prompts.txt"
 )
@@ -191,13 +191,13 @@ def parts(vllm):
          "--num-images 1 --max-thought 12 --output-dir pictures --device cpu", ""),
         ("lora", "24 GB: LoRA", f"{grpo} {one} {SMALL} {P1} {hps} --run-name lora", ""),
         ("resume", "the same, one step more", f"{grpo} {one} {SMALL} {P1} {hps} --run-name lora "
-         "--max-steps 3 --resume latest", ""),
+         "--max-steps 2 --resume latest", ""),
         ("full", "eight GPUs, 1B: full training, one process",
          f"{grpo} {eight} {SMALL} {P1} {hps} --run-name full", ""),
         ("shard", "eight GPUs, 7B: sharded, two processes",
          f"{two} {seven} {SMALL} {P2} {hps} --run-name shard", ""),
         ("nodes", "two nodes: its checkpoint, resumed on two processes",
-         f"{two} {nodes} {SMALL} {P2} {hps} --run-name shard --max-steps 3", ""),
+         f"{two} {nodes} {SMALL} {P2} {hps} --run-name shard --max-steps 2", ""),
         ("t2i-r1", "`--preset t2i-r1`: unguided log-probabilities",
          f"{grpo} {one} {SMALL} {P1} {hps} --run-name released --preset t2i-r1", ""),
         ("served", "HPS served by `rewards.py serve`",

@@ -291,7 +291,8 @@ class Run:
         folder.mkdir(parents=True)
         self.policy.save(folder, weights)
         if self.policy.adapter:  # in a folder of its own: from_pretrained would add it again
-            self.policy.adapter.save_pretrained(folder / "lora")
+            # Embeddings are not trained. Left to itself, peft would ask the hub whether they are.
+            self.policy.adapter.save_pretrained(folder / "lora", save_embedding_layers=False)
         for name, value in tensors.items():
             torch.save(value, folder / f"{name}.pt")
         (folder / "README.md").write_text(model_card(self.folder, self.step))
