@@ -586,14 +586,31 @@ def test_a_tracker_that_is_not_installed_is_found_before_anything_is_loaded(
     assert "pip install trackio" in capsys.readouterr().err
 
 
+def test_a_tracker_that_fails_costs_a_line_and_not_the_run(monkeypatch, tmp_path, capsys):
+    def fail(*_, **__):
+        raise ConnectionError("no room")
+
+    wandb = StandIn()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    cfg = grpo.Config(report_to="wandb")
+    running = types.SimpleNamespace(cfg=cfg, tracker=trackers.start_tracker(cfg, tmp_path))
+    running.tracker.run.log = fail
+    for _ in range(2):
+        log.Log.send(running, 3, {"kl": 0.5}, {})
+    assert capsys.readouterr().err.count("ConnectionError('no room'); going on without it") == 1
+    wandb.init = fail
+    with pytest.raises(SystemExit) as stop:
+        trackers.start_tracker(cfg, tmp_path)
+    assert stop.value.code == 2 and "does not start (no room)" in capsys.readouterr().err
+
+
 def test_the_end_of_a_run_sends_its_figures_and_changes(tmp_path):
     sent = []
     write_jsonl(tmp_path / "test.jsonl", [{"step": s, "hps": s / 10, "hps/se": 1} for s in (0, 4)])
-    tracker = types.SimpleNamespace(send=lambda *what: sent.append(what), finish=lambda: None)
-    ended = types.SimpleNamespace(folder=tmp_path, tracker=tracker)
+    ended = types.SimpleNamespace(folder=tmp_path, send=lambda *what: sent.append(what))
     log.Log.end(ended, "page")
-    ((step, changes, files),) = sent
-    assert step == 4 and changes == {"change/hps": pytest.approx(0.4)}
+    (step, changes, files), finished = sent
+    assert step == 4 and changes == {"change/hps": pytest.approx(0.4)} and not any(finished)
     assert [file.name for file in files.values()] == ["hacking.png", "training.png"]
 
 

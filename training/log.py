@@ -4,6 +4,7 @@ Read next: run_folder.py
 """
 
 import math
+import sys
 import time
 
 import torch
@@ -14,7 +15,7 @@ from training.processes import gather, rank
 from training.records import append_jsonl, mean, read_jsonl, test_means, write_jsonl
 from training.run_folder import begin_log
 from training.sharding import DTensor
-from training.trackers import start_tracker
+from training.trackers import Nowhere, start_tracker
 
 
 def make_records(rows, rollouts, scores):
@@ -119,7 +120,7 @@ class Log:
         if self.writes:
             line = {"step": step, **metrics, **self.clock.seconds}
             append_jsonl(self.folder / "metrics.jsonl", line)
-            self.tracker.send(step, metrics | self.clock.seconds, {})
+            self.send(step, metrics | self.clock.seconds, {})
             write_jsonl(self.folder / "rollouts" / f"step_{step:06d}.jsonl", records)
             shown = {name: f"{metrics[f'reward/{name}']:.3f}" for name in self.trained}
             shown |= {name: f"{metrics[f'held-out/{name}']:.3f}" for name in self.heldout}
@@ -144,7 +145,7 @@ class Log:
         strip = self.folder / "samples" / f"step_{step:06d}.png"
         pictures.save_strip(images[: pictures.STRIP], strip)
         numbers = {f"test/{name}": value for name, value in means.items()}
-        self.tracker.send(step, numbers, {"fixed prompts": strip})
+        self.send(step, numbers, {"fixed prompts": strip})
         pictures.save_sheet(images, self.folder / "tests" / f"{'last' if step else 'first'}.png")
         tqdm.write(f"test at step {step}:  {with_errors(means)}")
 
@@ -153,11 +154,22 @@ class Log:
         if self.writes:
             write_jsonl(self.folder / "best_of_n.jsonl", records)
 
+    def send(self, step, numbers, pictures):
+        """To the tracker. One that fails costs a line and not the run. step None: the run ends."""
+        try:
+            if step is None:
+                self.tracker.finish()
+            else:
+                self.tracker.send(step, numbers, pictures)
+        except Exception as problem:  # whatever its library raises
+            name, self.tracker = self.cfg.report_to, Nowhere()
+            tqdm.write(f"--report-to {name}: {problem!r}; going on without it", file=sys.stderr)
+
     def end(self, page):
         """Name the page; send the changes from the first test to the last, and the two figures."""
         first, *_, last = read_jsonl(self.folder / "test.jsonl")
         changes = {f"change/{n}": last[n] - first[n] for n in first if "/" not in n and n != "step"}
         files = {name: self.folder / f"{name}.png" for name in ("hacking", "training")}
-        self.tracker.send(last["step"], changes, files)
-        self.tracker.finish()
+        self.send(last["step"], changes, files)
+        self.send(None, None, None)
         print(f"look at {page}")

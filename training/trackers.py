@@ -78,9 +78,15 @@ class Session:
         self.library, self.is_wandb = importlib.import_module(name), name == "wandb"
         label = run_id(folder)
         where = {"id": label, "dir": folder} if self.is_wandb else {}
-        self.run = self.library.init(
-            project=PROJECT, name=label, config=flags, resume="allow", **where
-        )
+        try:
+            self.run = self.library.init(
+                project=PROJECT, name=label, config=flags, resume="allow", **where
+            )
+        except Exception as problem:  # no account, no network, no room: each library has its kinds
+            reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+            usage_error(
+                f"--report-to {name}: it does not start ({reason}); mend it, or drop the flag"
+            )
         if self.is_wandb:  # its own counter of steps refuses to go back, as a resumed run does
             self.run.define_metric("*", step_metric="step")
 
