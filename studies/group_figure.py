@@ -88,6 +88,8 @@ def group_figure(groups, cfg):
 
 
 def main(cfg):
+    if not cfg.runs:
+        usage_error("give run folders of grpo.py, such as runs/tiny_hps_seed42")
     before = ranked_group("tiny", {"hps": 1.0}, "sum", cfg)
     groups = [("before training; advantages by hps", before)]
     for run in map(Path, cfg.runs):
