@@ -15,6 +15,7 @@ Run:   python evaluate.py                                  the newest run: figur
        python evaluate.py --images outputs --prompts tiny_world/prompts/test.jsonl
        python evaluate.py --pairs tiny_world/pairs         which reward notices broken pictures?
        python evaluate.py --compare RUN_A RUN_B            paired differences, and the pictures
+       python evaluate.py --audit RUN                      alarms of hacking that need no gold
        python evaluate.py --summarize results.jsonl        result files of GenEval, WISE, DPG
        python evaluate.py --images outputs --prompts wise.json --wise verified --judge-url URL
 
@@ -36,7 +37,7 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 import rewards as reward_lib
-from evaluation import hacking, official_scores, pages, wise
+from evaluation import alarms, hacking, official_scores, pages, wise
 from evaluation.figures import hacking_figure, report_page
 from evaluation.layouts import find_images
 from evaluation.tables import bootstrap, markdown
@@ -74,6 +75,7 @@ class Config:
     wise: Literal["", "legacy", "verified"] = ""  # score by this protocol of WISE instead
     pairs: str = ""  # a folder of pairs with test.jsonl, such as tiny_world/pairs
     compare: tuple[str, str] | None = None  # two run folders, or two score files of --images
+    audit: tuple[str, ...] = ()  # run folders: was it hacked? exit code 1 if an alarm goes off
     summarize: str = ""  # a result file of an official scorer
     output: str = ""  # file of the scores or of the comparison [beside the pictures; compare.html]
     model: str = "tiny"  # "tiny" for our reward checkpoints, "real" for the published ones
@@ -356,8 +358,10 @@ def main(cfg):
     elif cfg.pairs:
         table = pair_table(load_rewards(cfg), cfg.pairs)
         print(markdown(table))
-        if any(row["failed"] for row in table):
-            sys.exit(3)
+        sys.exit(3 if any(row["failed"] for row in table) else 0)
+    elif cfg.audit:
+        print(markdown(alarms.audit(cfg.audit)))
+        sys.exit(1 if alarms.went_off(cfg.audit) else 0)
     elif cfg.summarize:
         sys.exit(3 if print_summary(cfg.summarize) else 0)
     elif cfg.compare:

@@ -16,7 +16,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image, ImageDraw
 
-from evaluation import curves, hacking, pages
+from evaluation import alarms, curves, hacking, pages
 from evaluation.hacking import names_in
 from training.decode import open_picture
 from training.files import atomic
@@ -126,6 +126,7 @@ def report_page(run):
         "Before and after": before_and_after([run, *others]),
         "First and last test": first_and_last(run),
         "Proxy and truth": pages.svg(figure),
+        "Alarms that need no gold": alarms.audit([run]),
         "Every training step": pages.svg(curves.training_curves(records)),
         "The same prompts and noise, test by test": pages.scrolling(
             pages.picture(run / "training.png")

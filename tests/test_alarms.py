@@ -1,0 +1,94 @@
+"""Each alarm by numbers that can be checked by hand."""
+
+import json
+
+import pytest
+
+import evaluate
+from evaluation import alarms
+from training.records import write_jsonl
+
+
+def make_run(folder, tests, steps=(), heldout="artifact,gold", rewards="hps"):
+    """A run folder. tests: for each test a list of records; steps: dicts of metrics."""
+    flags = {"rewards": rewards, "eval_rewards": heldout, "seed": 1}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"flags": flags, "command": "grpo.py"}))
+    lines = []
+    for number, records in enumerate(tests):
+        rows = [{"id": str(i), "sample": 0, **record} for i, record in enumerate(records)]
+        write_jsonl(folder / f"tests/step_{10 * number:06d}.jsonl", rows)
+        lines.append({"step": 10 * number, "kl": float(number), "gold": 0.5, "hps": 0.5})
+    write_jsonl(folder / "test.jsonl", lines)
+    write_jsonl(folder / "metrics.jsonl", [{"step": i, **step} for i, step in enumerate(steps)])
+    return folder
+
+
+def test_held_out_is_the_fall_in_standard_errors_while_the_reward_rises(tmp_path):
+    """artifact falls by .1 and .3: mean .2, standard deviation .1 sqrt 2, error .1."""
+    before = [{"hps": 0.5, "artifact": 0.9}, {"hps": 0.5, "artifact": 0.9}]
+    after = [{"hps": 0.6, "artifact": 0.8}, {"hps": 0.6, "artifact": 0.6}]
+    both = [{"hps": 0.4, "artifact": 0.8}, {"hps": 0.4, "artifact": 0.6}]  # the reward falls, too
+    values = alarms.held_out(make_run(tmp_path / "run", [before, after, both]))
+    assert values == {10: pytest.approx(2.0), 20: 0.0}
+
+
+def test_pictures_is_the_largest_move_in_standard_deviations(tmp_path):
+    def records(*pairs):
+        return [{"hps": 0.5, "image/edges": e, "image/brightness": b} for e, b in pairs]
+
+    run = make_run(tmp_path / "run", [records((0, 0), (2, 8)), records((1, 1), (3, 9))])
+    assert alarms.pictures(run) == {10: pytest.approx(1.0)}  # edges by 1 of 1, brightness 1 of 4
+
+
+def test_distance_is_the_kl_of_the_tests(tmp_path):
+    record = [{"hps": 0.5}]
+    run = make_run(tmp_path / "run", [record] * 4)
+    assert alarms.distance(run) == {0: 0, 10: 1, 20: 2, 30: 3}
+    assert alarms.first_alarm("distance", alarms.distance(run)) == 30  # above 2, not at it
+
+
+def test_diversity_compares_ten_steps_with_the_first_ten(tmp_path):
+    steps = [{"diversity": 0.5}] * 10 + [{"diversity": 0.6}] * 11
+    values = alarms.diversity(make_run(tmp_path / "run", [[{"hps": 0.5}]], steps))
+    assert values == {20: pytest.approx(0.2), 21: pytest.approx(0.2)}
+
+
+def parting_of(tmp_path, reward, heldout):
+    usual = [(0.5 + 0.1 * (-1) ** i, 0.8 + 0.1 * (-1) ** i) for i in range(10)]  # deviation .1
+    pairs = usual + list(zip(reward, heldout))
+    steps = [{"reward/hps": r, "held-out/artifact": h, "diversity": 1.0} for r, h in pairs]
+    values = alarms.parting(make_run(tmp_path, [[{"hps": 0.5}]], steps))
+    return [values[i] for i in range(11, 11 + len(reward))]
+
+
+def test_parting_adds_up_what_the_held_out_score_has_fallen(tmp_path):
+    """Two deviations below the usual, less .5, three times; then as usual: minus .5."""
+    sums = parting_of(tmp_path / "run", [0.7] * 4, [0.6, 0.6, 0.6, 0.8])
+    assert sums == pytest.approx([1.5, 3.0, 4.5, 4.0])
+
+
+def test_nothing_parts_while_the_reward_does_not_rise_or_a_score_is_missing(tmp_path):
+    assert parting_of(tmp_path / "a", [0.4] * 3, [0.2] * 3) == [0, 0, 0]
+    assert parting_of(tmp_path / "b", [0.7] * 2, [float("nan")] * 2) == [0, 0]
+
+
+def test_the_audit_counts_the_runs_in_which_an_alarm_went_off(tmp_path, capsys):
+    calm = make_run(tmp_path / "calm", [[{"hps": 0.5, "artifact": 0.9}]] * 2)
+    far = make_run(tmp_path / "far", [[{"hps": 0.5}]] * 4, heldout="gold", rewards="noise")
+    rows = {(row["trained on"], row["alarm"]): row for row in alarms.audit([calm, far])}
+    assert rows["`hps`", "distance"]["went off"] == "0 of 1"
+    assert rows["`noise`", "distance"] == {
+        "trained on": "`noise`",
+        "alarm": "distance",
+        "limit": "2",
+        "largest": "3.00",
+        "went off": "1 of 1",
+        "at step (median)": "30",
+    }
+    assert rows["`noise`", "held-out"]["largest"] == "not measured"  # gold is not asked
+    for runs, code in (((calm,), 0), ((calm, far), 1)):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(evaluate.Config(audit=tuple(map(str, runs))))
+        assert stop.value.code == code
+    assert "| `noise` | distance | 2 | 3.00 | 1 of 1 | 30 |" in capsys.readouterr().out
