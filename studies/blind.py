@@ -1,0 +1,77 @@
+"""A blind test: does a person see the difference that gold measures?
+
+From each run, two samples of test pictures before training and after it, side by side in random
+order, without a word about which is which. Somebody who knows nothing of the project says for each
+pair on which side more pictures are broken; then the key is opened.
+
+Run:   python -m studies.blind runs/contest/no_cure_seed1 runs/contest/no_cure_seed2
+
+You should see:  runs/blind/pair_01.png, two for each run, and runs/blind/key.json.
+
+Read next: docs/results.md
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from PIL import Image, ImageDraw
+
+from training.files import atomic, usage_error
+from training.pictures import cut_sheet, save_png
+from training.records import read_jsonl
+
+COLUMNS, ROWS, SIDE = 6, 5, 64  # pictures of one half, and pixels of each
+
+
+@dataclass
+class Config:
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]  # run folders
+    output_dir: str = "runs/blind"
+    seed: int = 0  # of the order
+
+
+def half(pictures):
+    """A grid of pictures."""
+    grid = Image.new("RGB", (COLUMNS * (SIDE + 4), ROWS * (SIDE + 4)), "white")
+    for i, picture in enumerate(pictures):
+        place = (i % COLUMNS * (SIDE + 4), i // COLUMNS * (SIDE + 4))
+        grid.paste(picture.resize((SIDE, SIDE), Image.NEAREST), place)
+    return grid
+
+
+def side_by_side(left, right, number):
+    pair = Image.new("RGB", (2 * left.width + 40, left.height + 24), "white")
+    for x, title, grid in ((0, "LEFT", left), (left.width + 40, "RIGHT", right)):
+        pair.paste(grid, (x, 24))
+        ImageDraw.Draw(pair).text((x, 4), f"pair {number}, {title}", fill="black")
+    return pair
+
+
+def main(cfg):
+    if not cfg.runs:
+        usage_error("give run folders of grpo.py, such as runs/tiny_hps_seed42")
+    folder, rng, key = Path(cfg.output_dir), random.Random(cfg.seed), {}
+    couples = []
+    for run in map(Path, cfg.runs):
+        count = len(read_jsonl(sorted((run / "tests").glob("step_*.jsonl"))[0]))
+        sheets = [cut_sheet(run / f"tests/{name}.png", count) for name in ("first", "last")]
+        chosen = rng.sample(range(count), 2 * COLUMNS * ROWS)
+        for part in (chosen[::2], chosen[1::2]):
+            couples.append((run.name, *([sheet[i] for i in part] for sheet in sheets)))
+    rng.shuffle(couples)
+    for number, (run, before, after) in enumerate(couples, 1):
+        trained_left = rng.random() < 0.5
+        halves = (after, before) if trained_left else (before, after)
+        save_png(side_by_side(*map(half, halves), number), folder / f"pair_{number:02d}.png")
+        key[f"pair_{number:02d}"] = {"run": run, "trained": "left" if trained_left else "right"}
+    with atomic(folder / "key.json") as file:
+        json.dump(key, file, indent=1)
+    print(f"{len(couples)} pairs in {folder}/, and the key")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
