@@ -13,7 +13,7 @@ from training.records import write_jsonl
 
 def test_the_key_says_on_which_side_the_trained_policy_is(tmp_path):
     for run in ("a", "b"):
-        write_jsonl(tmp_path / run / "tests/step_000000.jsonl", [{}] * 60)
+        write_jsonl(tmp_path / run / "tests/step_000000.jsonl", [{"id": "x"}] * 60)
         for name, color in (("first", "white"), ("last", "black")):
             pictures = [Image.new("RGB", (8, 8), color)] * 60
             save_sheet(pictures, tmp_path / run / f"tests/{name}.png")
