@@ -51,17 +51,8 @@ from training.prompts import load_prompts
 from training.records import mean, mean_over_prompts, read_jsonl, write_jsonl
 
 # The paper's Table 2 (arXiv:2601.03468): accuracy on its 202 pairs.
-PAPER = {
-    "hps": 0.53,
-    "aesthetic": 0.42,
-    "imagereward": 0.68,
-    "maniqa": 0.39,
-    "deqa": 0.51,
-    "gdino": 0.58,
-    "orm": 0.56,
-    "unified": 0.65,
-    "artifact": 0.80,
-}
+PAPER = dict(hps=0.53, aesthetic=0.42, imagereward=0.68, maniqa=0.39, deqa=0.51, gdino=0.58)
+PAPER |= dict(orm=0.56, unified=0.65, artifact=0.80)
 
 
 @dataclass
@@ -75,7 +66,7 @@ class Config:
     wise: Literal["", "legacy", "verified"] = ""  # score by this protocol of WISE instead
     pairs: str = ""  # a folder of pairs with test.jsonl, such as tiny_world/pairs
     compare: tuple[str, str] | None = None  # two run folders, or two score files of --images
-    audit: tuple[str, ...] = ()  # run folders: was it hacked? exit code 1 if an alarm goes off
+    audit: tuple[str, ...] = ()  # run folders: was it hacked? exit code 4 if an alarm goes off
     summarize: str = ""  # a result file of an official scorer
     output: str = ""  # file of the scores or of the comparison [beside the pictures; compare.html]
     model: str = "tiny"  # "tiny" for our reward checkpoints, "real" for the published ones
@@ -283,7 +274,7 @@ def read_scored(path):
         records = read_jsonl(path)
         return records, [Path(record["path"]) for record in records]
     hacking.read_run(path)  # exits with the reason if it is no run
-    records = read_jsonl(sorted((path / "tests").glob("step_*.jsonl"))[-1])
+    records = read_jsonl(hacking.test_files(path)[-1])
     return records, cut_sheet(path / "tests" / "last.png", len(records))
 
 
@@ -335,14 +326,20 @@ def difference(name, first, second, couples):
     return row | {"95 %": f"{low:+.3f} to {high:+.3f}", "n": len(gains)}
 
 
-def evaluate_runs(cfg):
-    runs = [Path(run) for run in cfg.runs if (Path(run) / "config.json").is_file()]
-    if not cfg.runs:
+def run_folders(names):
+    """Those of these folders that are runs; without names the newest run."""
+    runs = [Path(run) for run in names if (Path(run) / "config.json").is_file()]
+    if not names:
         tests = sorted(Path("runs").glob("*/test.jsonl"), key=lambda path: path.stat().st_mtime)
         runs = [path.parent for path in tests[-1:]]
     if not runs:
-        where = ", ".join(cfg.runs) or "runs/"
+        where = ", ".join(names) or "runs/"
         usage_error(f"no runs in {where}; make one: torchrun grpo.py --rewards hps,artifact")
+    return runs
+
+
+def evaluate_runs(cfg):
+    runs = run_folders(cfg.runs)
     for run in runs:
         print(report_page(run))
     print(markdown(hacking.seeds_table(runs)))
@@ -358,10 +355,12 @@ def main(cfg):
     elif cfg.pairs:
         table = pair_table(load_rewards(cfg), cfg.pairs)
         print(markdown(table))
-        sys.exit(3 if any(row["failed"] for row in table) else 0)
+        if any(row["failed"] for row in table):
+            sys.exit(3)
     elif cfg.audit:
-        print(markdown(alarms.audit(cfg.audit)))
-        sys.exit(1 if alarms.went_off(cfg.audit) else 0)
+        rows, off = alarms.audit(run_folders(cfg.audit))
+        print(markdown(rows))
+        sys.exit(4 if off else 0)
     elif cfg.summarize:
         sys.exit(3 if print_summary(cfg.summarize) else 0)
     elif cfg.compare:

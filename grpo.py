@@ -275,7 +275,7 @@ def update_policy(policy, reference_NS, optimizer, rollouts, advantages, cfg):
         "clip_ratio": sums[1] / cfg.updates_per_rollout,
         "kl": sums[2] / sums[3],  # nats per rollout, of the policy that sampled: before the update
         "kl_per_token": sums[2] / tokens,
-        "entropy": sums[4] / tokens,  # nats per token
+        "entropy": sums[4] / tokens,  # nats per token; with guidance="cond" a cross-entropy
         "grad_norm": norm.item(),
         "skipped": int(not norm.isfinite()),
         "learning_rate": optimizer.param_groups[0]["lr"],

@@ -9,14 +9,13 @@ Read next: figures.py
 
 import math
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 
 from evaluation import hacking
 from evaluation.hacking import names_in
 from evaluation.tables import interval
-from training.records import mean, read_jsonl
+from training.records import mean
 
 INK = "#767676"  # of text and axes
 CONTROL, HACK, CURE = "#888888", "#D55E00", "#0072B2"  # told apart by colour-blind readers, too
@@ -54,7 +53,7 @@ def deviation(members, name):
     first test; NaN if it has one picture of each."""
     stds = []
     for run, records in members:
-        first = read_jsonl(sorted((Path(run) / "tests").glob("step_*.jsonl"))[0])
+        first = hacking.first_records(run)
         if name in records.tests[0]:
             stds.append(hacking.within_prompt_std(first, name))
     return mean(stds)

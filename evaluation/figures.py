@@ -126,7 +126,7 @@ def report_page(run):
         "Before and after": before_and_after([run, *others]),
         "First and last test": first_and_last(run),
         "Proxy and truth": pages.svg(figure),
-        "Alarms that need no gold": alarms.audit([run]),
+        "Alarms that need no gold": alarms.audit([run])[0],
         "Every training step": pages.svg(curves.training_curves(records)),
         "The same prompts and noise, test by test": pages.scrolling(
             pages.picture(run / "training.png")
@@ -183,7 +183,7 @@ def worst_gaps(run, trained, n=24):
 
     The gap is in standard deviations over the last test: sum over the training rewards of
     z(reward) - z(gold), or of z(reward) alone if there is no gold."""
-    records = read_jsonl(sorted((run / "tests").glob("step_*.jsonl"))[-1])
+    records = read_jsonl(hacking.test_files(run)[-1])
     sheets = [run / "tests" / "first.png", run / "tests" / "last.png"]
     before, after = (cut_sheet(sheet, len(records)) for sheet in sheets)
 

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evaluation.tables import interval
+from evaluation.tables import interval, t_95
 from training.files import usage_error
 from training.records import artifact_free, mean, mean_over_prompts, read_json, read_jsonl
 from training.run_folder import MAY_DIFFER
@@ -36,6 +36,7 @@ from training.run_folder import MAY_DIFFER
 # Flags in which two seeds of one experiment may differ: where they ran, not what they computed.
 PLACE = MAY_DIFFER - {"max_steps"} | {"seed"}
 # Flags in which two runs may differ and still be the same experiment on other rewards.
+STATISTICS = "brightness,saturation,edges,entropy"
 REWARD_FLAGS = set(
     "rewards eval_rewards combine question run_name output_dir resume best_of".split()
 )
@@ -99,8 +100,10 @@ def names_in(config, flag):
     """The names of a flag's rewards.
 
     >>> names_in({"flags": {"rewards": "hps:0.5, artifact@http://127.0.0.1:8000"}}, "rewards")
-    ['hps', 'artifact']"""
-    parts = (config["flags"][flag] or "").split(",")
+    ['hps', 'artifact']
+
+    "stats" stands for four, as in rewards.py."""
+    parts = (config["flags"][flag] or "").replace("stats", STATISTICS).split(",")
     return [re.split("[:@]", part)[0].strip() for part in parts if part.strip()]
 
 
@@ -149,9 +152,17 @@ def paired(before, after, name):
     return mean(gains), mean_over_prompts(gains, [r["id"] for r in after])[1]
 
 
+def test_files(run):
+    """The records of each test, a file each, in order. None there: exit code 2."""
+    files = sorted((Path(run) / "tests").glob("step_*.jsonl"))
+    if not files:
+        usage_error(f"{run}: tests/step_*.jsonl are missing; a run folder has one for each test")
+    return files
+
+
 def change(run, name):
     """Mean and standard error of last test minus first test, picture by picture."""
-    files = sorted((Path(run) / "tests").glob("step_*.jsonl"))
+    files = test_files(run)
     return paired(read_jsonl(files[0]), read_jsonl(files[-1]), name)
 
 
@@ -276,13 +287,17 @@ def seeds_table(runs):
         first, last = ([records.tests[i] for _, records in members] for i in (0, -1))
         block, base = [], [first_records(run) for run, _ in members]
         for name in [name for name in first[0] if name != "step" and "/" not in name]:
-            scale, error = None, math.nan
+            scale = None
             if "gold" not in name and name not in ("kl", "artifact-free"):
                 scale = mean(within_prompt_std(records, name) for records in base)
-            if len(members) == 1:
-                error = change(members[0][0], name)[1]
             before, after = ([test[name] for test in tests] for tests in (first, last))
-            block.append(change_row(name, before, after, error, scale))
+            # Paired: a picture without a score in one of the two tests does not count.
+            gains, errors = zip(*(change(run, name) for run, _ in members))
+            if len(members) == 1:
+                width = t_95(len({record["id"] for record in base[0]})) * errors[0]
+            else:
+                width = interval([gain for gain in gains if math.isfinite(gain)])[1]
+            block.append(change_row(name, before, after, mean(gains), width, scale))
         if "gold" in first[0]:
             found = [onset(run) for run, _ in members]
             text = ", ".join("none" if step is None else f"step {step}" for step in found)
@@ -298,14 +313,12 @@ def seeds_table(runs):
 
 def first_records(run):
     """The records of the first test, the base policy's."""
-    return read_jsonl(sorted((Path(run) / "tests").glob("step_*.jsonl"))[0])
+    return read_jsonl(test_files(run)[0])
 
 
-def change_row(measured, before, after, error=math.nan, scale=None):
-    """One measure of the seeds, before and after; the change also in units of `scale`. error: the
-    standard error where there is one seed, NaN if it is unknown."""
-    gain, width = interval([b - a for a, b in zip(before, after)])
-    width = 1.96 * error if len(before) == 1 else width
+def change_row(measured, before, after, gain, width, scale=None):
+    """One measure, before and after. gain, width: the change and half of its interval; scale: the
+    unit in which the change is given as well."""
     text = f"{gain:+.3f}" + (f" ± {width:.3f}" if math.isfinite(width) else "")
     if scale and scale > 0:
         text += f" ({gain / scale:+.1f} within-prompt deviations)"
@@ -320,5 +333,6 @@ def best_of_rows(pools, trained):
     rows = []
     for name in names:
         before, after = ([best_of_n(pool, k, score_of(name)) for pool in pools] for k in (1, n))
-        rows.append(change_row(f"best of {n}: {name}", before, after))
+        gain, width = interval([b - a for a, b in zip(before, after)])
+        rows.append(change_row(f"best of {n}: {name}", before, after, gain, width))
     return rows

@@ -1,4 +1,4 @@
-"""A blind test: does a person see the difference that gold measures?
+"""A blind test: does a person see that pictures are broken, as gold-clean says?
 
 From each run, two samples of test pictures before training and after it, side by side in random
 order, without a word about which is which. Somebody who knows nothing of the project says for each
@@ -20,9 +20,9 @@ from typing import Annotated
 import tyro
 from PIL import Image, ImageDraw
 
+from evaluation.hacking import first_records
 from training.files import atomic, usage_error
 from training.pictures import cut_sheet, save_png
-from training.records import read_jsonl
 
 COLUMNS, ROWS, SIDE = 6, 5, 64  # pictures of one half, and pixels of each
 
@@ -39,7 +39,8 @@ def half(pictures):
     grid = Image.new("RGB", (COLUMNS * (SIDE + 4), ROWS * (SIDE + 4)), "white")
     for i, picture in enumerate(pictures):
         place = (i % COLUMNS * (SIDE + 4), i // COLUMNS * (SIDE + 4))
-        grid.paste(picture.resize((SIDE, SIDE), Image.NEAREST), place)
+        filter = Image.NEAREST if picture.width < SIDE else Image.LANCZOS
+        grid.paste(picture.resize((SIDE, SIDE), filter), place)
     return grid
 
 
@@ -55,11 +56,15 @@ def main(cfg):
     if not cfg.runs:
         usage_error("give run folders of grpo.py, such as runs/tiny_hps_seed42")
     folder, rng, key = Path(cfg.output_dir), random.Random(cfg.seed), {}
+    for old in folder.glob("pair_*.png"):  # of another key
+        old.unlink()
     couples = []
     for run in map(Path, cfg.runs):
-        count = len(read_jsonl(sorted((run / "tests").glob("step_*.jsonl"))[0]))
+        count, needed = len(first_records(run)), 2 * COLUMNS * ROWS
         sheets = [cut_sheet(run / f"tests/{name}.png", count) for name in ("first", "last")]
-        chosen = rng.sample(range(count), 2 * COLUMNS * ROWS)
+        if count < needed or None in sheets[0] + sheets[1]:
+            usage_error(f"{run}: tests/first.png and last.png must hold {needed} pictures or more")
+        chosen = rng.sample(range(count), needed)
         for part in (chosen[::2], chosen[1::2]):
             couples.append((run.name, *([sheet[i] for i in part] for sheet in sheets)))
     rng.shuffle(couples)

@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -51,7 +52,7 @@ JANUS, JUDGE = "deepseek-community/Janus-Pro-1B", "Qwen/Qwen2.5-VL-7B-Instruct"
 @dataclass
 class Config:
     folder: str = "runs/rehearsal"  # the cache, the runs, the logs
-    vllm: str = ""  # the interpreter of an environment with vLLM; without it no judge is rehearsed
+    vllm: str = ""  # the interpreter of an environment with vLLM; without it no judge is served
     only: tuple[str, ...] = ()  # names of parts [all]
 
 
@@ -128,7 +129,8 @@ def make_judge(folder):
     model.to(torch.bfloat16).save_pretrained(folder)
     judge_tokenizer().save_pretrained(folder)
     images = Qwen2VLImageProcessorPil.from_pretrained(SHIPPED / "artifact")
-    images.patch_size, images.size = 14, {"shortest_edge": 3136, "longest_edge": 12845056}
+    # Published: 12,845,056 pixels. vLLM tries the largest picture before it serves.
+    images.patch_size, images.size = 14, {"shortest_edge": 3136, "longest_edge": 401408}
     images.save_pretrained(folder)
 
 
@@ -199,7 +201,7 @@ def parts(vllm):
         ("nodes", "two nodes: its checkpoint, resumed on two processes",
          f"{two} {nodes} {SMALL} {P2} {hps} --run-name shard --max-steps 2", ""),
         ("t2i-r1", "`--preset t2i-r1`: unguided log-probabilities",
-         f"{grpo} {one} {SMALL} {P1} {hps} --run-name released --preset t2i-r1", ""),
+         f"{grpo} {one} {SMALL} {P1} {hps} --run-name t2i-r1 --preset t2i-r1", ""),
         ("served", "HPS served by `rewards.py serve`",
          f"{grpo} {one} {SMALL} {P1} {remote} --run-name served", serve),
         ("adversarial", "HPS and DINOv2-base, which learns", f"{grpo} {one} {SMALL} {P1} --rewards "
@@ -227,7 +229,7 @@ def server(python, command, log, env):
         yield
         return
     port, start = re.search(r"--port (\d+)", command)[1], time.monotonic()
-    place = f"http://127.0.0.1:{port}/{'health' if 'vllm' in command else 'about'}"
+    place = f"http://127.0.0.1:{port}/{'health' if 'vllm.entry' in command else 'about'}"
     with open(log.with_suffix(".server.log"), "w") as file:
         process = subprocess.Popen(
             [python, *shlex.split(command)], env=env, stdout=file, stderr=file
@@ -243,21 +245,32 @@ def server(python, command, log, env):
         yield
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def run_part(folder, name, command, serving, vllm):
     """Run one part in `folder`; returns {"seconds", "exit", "last"}, its last line of output."""
     env = os.environ | {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
     env |= {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
-    python = vllm if "vllm" in serving else sys.executable
-    words = [str(ROOT / w) if (ROOT / w).is_file() else w for w in shlex.split(command)]
-    served = " ".join(str(ROOT / w) if (ROOT / w).is_file() else w for w in serving.split())
+    python = vllm if "vllm.entry" in serving else sys.executable
+    command, serving = (
+        shlex.join(str(ROOT / w) if (ROOT / w).is_file() else w for w in shlex.split(text))
+        for text in (command, serving)
+    )
+    if "--resume latest" not in command:
+        shutil.rmtree(folder / "runs" / name, ignore_errors=True)  # of a part that failed
     log = folder / f"{name}.log"
-    with server(python, served, log, env), open(log, "w") as file:
+    with server(python, serving, log, env), open(log, "w") as file:
         start = time.monotonic()
         done = subprocess.run(
-            [sys.executable, *words], env=env, cwd=folder, stdout=file, stderr=subprocess.STDOUT
+            [sys.executable, *shlex.split(command)],
+            env=env,
+            cwd=folder,
+            stdout=file,
+            stderr=subprocess.STDOUT,
         )
     lines = [line for line in re.split("[\r\n]", log.read_text()) if line.strip()]
     seconds = round(time.monotonic() - start)
@@ -265,6 +278,10 @@ def run_part(folder, name, command, serving, vllm):
 
 
 def main(cfg):
+    known = [name for name, *_ in parts(cfg.vllm)]
+    for name in cfg.only:
+        if name not in known:
+            usage_error(f"--only {name}: must be of {', '.join(known)}; judges need --vllm")
     folder = Path(cfg.folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")

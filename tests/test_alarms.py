@@ -1,7 +1,9 @@
 """Each alarm by numbers that can be checked by hand."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 
 import evaluate
@@ -38,7 +40,8 @@ def test_pictures_is_the_largest_move_in_standard_deviations(tmp_path):
         return [{"hps": 0.5, "image/edges": e, "image/brightness": b} for e, b in pairs]
 
     run = make_run(tmp_path / "run", [records((0, 0), (2, 8)), records((1, 1), (3, 9))])
-    assert alarms.pictures(run) == {10: pytest.approx(1.0)}  # edges by 1 of 1, brightness 1 of 4
+    # Edges by 1, with deviation sqrt(2); brightness by 1, with deviation 4 sqrt(2).
+    assert alarms.pictures(run) == {10: pytest.approx(0.5**0.5)}
 
 
 def test_distance_is_the_kl_of_the_tests(tmp_path):
@@ -54,29 +57,50 @@ def test_diversity_compares_ten_steps_with_the_first_ten(tmp_path):
     assert values == {20: pytest.approx(0.2), 21: pytest.approx(0.2)}
 
 
-def parting_of(tmp_path, reward, heldout):
-    usual = [(0.5 + 0.1 * (-1) ** i, 0.8 + 0.1 * (-1) ** i) for i in range(10)]  # deviation .1
-    pairs = usual + list(zip(reward, heldout))
-    steps = [{"reward/hps": r, "held-out/artifact": h, "diversity": 1.0} for r, h in pairs]
-    values = alarms.parting(make_run(tmp_path, [[{"hps": 0.5}]], steps))
-    return [values[i] for i in range(11, 11 + len(reward))]
+USUAL = [(0.5 + 0.1 * (-1) ** i, 0.8 + 0.1 * (-1) ** i) for i in range(10)]
 
 
-def test_parting_adds_up_what_the_held_out_score_has_fallen(tmp_path):
-    """Two deviations below the usual, less .5, three times; then as usual: minus .5."""
-    sums = parting_of(tmp_path / "run", [0.7] * 4, [0.6, 0.6, 0.6, 0.8])
-    assert sums == pytest.approx([1.5, 3.0, 4.5, 4.0])
+def test_the_sum_grows_by_what_the_held_out_score_has_fallen():
+    """The usual deviation is .1 sqrt(10 / 9) = .1054; .2108 below the mean is 2 of it, minus 1."""
+    reward, heldout = zip(*USUAL, *[(0.7, 0.8 - 0.2108)] * 3, (0.7, 0.8), (0.4, 0.1))
+    assert alarms.cusum(reward, heldout)[10:] == pytest.approx([1, 2, 3, 2, 1], abs=1e-3)
 
 
-def test_nothing_parts_while_the_reward_does_not_rise_or_a_score_is_missing(tmp_path):
-    assert parting_of(tmp_path / "a", [0.4] * 3, [0.2] * 3) == [0, 0, 0]
-    assert parting_of(tmp_path / "b", [0.7] * 2, [float("nan")] * 2) == [0, 0]
+def test_a_missing_score_adds_nothing_and_does_not_end_the_audit(tmp_path):
+    nan = float("nan")
+    pairs = [(0.5, nan), *USUAL, (0.7, nan), (0.7, 0.3)]
+    steps = [{"reward/hps": r, "held-out/artifact": h, "diversity": nan} for r, h in pairs]
+    run = make_run(tmp_path / "run", [[{"hps": 0.5, "artifact": nan}]] * 2, steps)
+    values = alarms.parting(run)
+    assert values[12] == 0 and values[13] > 3
+    assert alarms.diversity(run) == alarms.held_out(run) == {}
+    assert len(alarms.audit([run])[0]) == len(alarms.ALARMS)
+
+
+def test_a_false_alarm_is_rare_in_eighty_steps_without_any_change():
+    rng = np.random.default_rng(0)
+    runs = [(np.ones(80), rng.normal(size=80)) for _ in range(300)]
+    for reward, _ in runs:
+        reward[:10] = 0.5  # from then on always above the usual mean: the worst case
+        reward[0] = 0.6
+    off = [max(alarms.cusum(*run)) > alarms.LIMITS["parting"] for run in runs]
+    assert 0 < sum(off) / len(off) < 0.05
+
+
+def test_one_reward_without_scores_does_not_silence_another(tmp_path):
+    before = [{"hps": 0.5, "artifact": 0.9, "pickscore": 20.0}] * 2
+    after = [{"hps": 0.6, "artifact": float("nan"), "pickscore": 19.0}] * 2
+    for names in ("artifact,pickscore,stats,noise", "pickscore,artifact"):
+        run = make_run(tmp_path / names, [before, after], heldout=names)
+        assert alarms.held_out(run) == {10: math.inf}  # all by the same: an error of 0
 
 
 def test_the_audit_counts_the_runs_in_which_an_alarm_went_off(tmp_path, capsys):
     calm = make_run(tmp_path / "calm", [[{"hps": 0.5, "artifact": 0.9}]] * 2)
     far = make_run(tmp_path / "far", [[{"hps": 0.5}]] * 4, heldout="gold", rewards="noise")
-    rows = {(row["trained on"], row["alarm"]): row for row in alarms.audit([calm, far])}
+    rows, off = alarms.audit([calm, far])
+    rows = {(row["trained on"], row["alarm"]): row for row in rows}
+    assert off
     assert rows["`hps`", "distance"]["went off"] == "0 of 1"
     assert rows["`noise`", "distance"] == {
         "trained on": "`noise`",
@@ -87,7 +111,7 @@ def test_the_audit_counts_the_runs_in_which_an_alarm_went_off(tmp_path, capsys):
         "at step (median)": "30",
     }
     assert rows["`noise`", "held-out"]["largest"] == "not measured"  # gold is not asked
-    for runs, code in (((calm,), 0), ((calm, far), 1)):
+    for runs, code in (((calm,), 0), ((calm, far, tmp_path), 4)):
         with pytest.raises(SystemExit) as stop:
             evaluate.main(evaluate.Config(audit=tuple(map(str, runs))))
         assert stop.value.code == code

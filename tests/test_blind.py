@@ -12,10 +12,10 @@ from training.records import write_jsonl
 
 
 def test_the_key_says_on_which_side_the_trained_policy_is(tmp_path):
-    for run in ("a", "b"):
+    for run, red in (("a", 0), ("b", 255)):  # each run has its own red, the trained one more green
         write_jsonl(tmp_path / run / "tests/step_000000.jsonl", [{"id": "x"}] * 60)
-        for name, color in (("first", "white"), ("last", "black")):
-            pictures = [Image.new("RGB", (8, 8), color)] * 60
+        for name, green in (("first", 0), ("last", 200)):
+            pictures = [Image.new("RGB", (8, 8), (red, green, 4 * i)) for i in range(60)]
             save_sheet(pictures, tmp_path / run / f"tests/{name}.png")
     out = tmp_path / "out"
     blind.main(blind.Config((str(tmp_path / "a"), str(tmp_path / "b")), str(out), seed=3))
@@ -23,13 +23,23 @@ def test_the_key_says_on_which_side_the_trained_policy_is(tmp_path):
     assert sorted(entry["run"] for entry in key.values()) == ["a", "a", "b", "b"]
     assert {entry["trained"] for entry in key.values()} == {"left", "right"}
     for name, entry in key.items():
-        pair = np.asarray(Image.open(out / f"{name}.png").convert("L"), float)[24:]
-        half = pair.shape[1] // 2
-        darker = "left" if pair[:, :half].mean() < pair[:, half:].mean() else "right"
-        assert darker == entry["trained"]
+        pair = np.asarray(Image.open(out / f"{name}.png"))[24:]
+        side = blind.SIDE + 4
+        left, right = (pair[30::side, x : x + 6 * side : side] for x in (30, 30 + 6 * side + 40))
+        assert (left[..., 2] == right[..., 2]).all()  # the same prompts on both sides
+        greener = "left" if left[..., 1].mean() > right[..., 1].mean() else "right"
+        assert greener == entry["trained"]
+        assert {"a": 0, "b": 255}[entry["run"]] == left[..., 0].max() == left[..., 0].min()
 
 
 def test_a_blind_test_needs_runs(capsys):
     with pytest.raises(SystemExit):
         blind.main(blind.Config(()))
     assert "give run folders" in capsys.readouterr().err
+
+
+def test_a_run_with_too_few_pictures_is_named(tmp_path, capsys):
+    write_jsonl(tmp_path / "a/tests/step_000000.jsonl", [{"id": "x"}] * 40)
+    with pytest.raises(SystemExit):
+        blind.main(blind.Config((str(tmp_path / "a"),), str(tmp_path / "out")))
+    assert "must hold 60 pictures or more" in capsys.readouterr().err

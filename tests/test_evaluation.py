@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -481,11 +482,13 @@ def test_the_reward_with_the_largest_spread_dominates(tmp_path):
 def test_the_table_over_seeds_by_hand(tmp_path):
     """hps gains .1 and .3: mean .2, deviation .1 sqrt 2, error .1; t = 12.71 for two seeds."""
     pool = [{"id": "x", "sample": k, "hps": s, "total": s} for k, s in enumerate((0.0, 0.4))]
-    first = [row | {"gold": 0.5} for row in pool]  # deviation of hps .2828
+    first = [row | {"gold": 0.5, "kl": 0.0} for row in pool]  # deviation of hps .2828
     for seed, gain in (("a", 0.1), ("b", 0.3)):
         run = make_run(tmp_path / seed, [[0.5], [0.6]], [0.0, gain], seed=seed)
         write_jsonl(run / "best_of_n.jsonl", pool)  # best of 2: .4 against .2
         write_jsonl(run / "tests/step_000000.jsonl", first)
+        last = [row | {"hps": row["hps"] + gain, "gold": 0.6, "kl": 1.0} for row in pool]
+        write_jsonl(run / "tests/step_000001.jsonl", last)
     rows = hacking.seeds_table([tmp_path / "a", tmp_path / "b"])
     table = {row["measured"]: row for row in rows}
     assert rows[0]["trained on"] == "`hps`, 2 seeds" and rows[1]["trained on"] == ""
@@ -497,11 +500,29 @@ def test_the_table_over_seeds_by_hand(tmp_path):
 
 
 def test_the_interval_of_one_seed_is_over_its_prompts(tmp_path):
-    """Gold changes by 0 and .2: mean .1, standard error .1, times 1.96."""
+    """Gold changes by 0 and .2: mean .1, standard error .1, times 12.71 for two prompts."""
     run = make_run(tmp_path / "a", [[0.5, 0.5], [0.5, 0.7]], [0.0, 0.1], seed=1)
     rows = hacking.seeds_table([run])
     assert rows[0]["trained on"] == "`hps`, 1 seed, intervals over prompts"
-    assert {row["measured"]: row[hacking.CHANGE] for row in rows}["gold"] == "+0.100 ± 0.196"
+    changes = {row["measured"]: row[hacking.CHANGE] for row in rows}
+    assert changes["gold"] == "+0.100 ± 1.271"
+
+
+def test_a_picture_without_a_score_in_one_test_does_not_change_the_gain(tmp_path):
+    """The worst picture fails in the last test: the mean of the others is higher, their gain is
+    not."""
+    nan = float("nan")
+    run = make_run(tmp_path / "a", [[0.2, 0.6, 0.7], [nan, 0.5, 0.6]], [0.0, 0.1], seed=1)
+    (gold,) = [row for row in hacking.seeds_table([run]) if row["measured"] == "gold"]
+    assert gold[hacking.CHANGE] == "-0.100 ± 0.000"
+
+
+def test_a_run_without_its_tests_is_named(tmp_path, capsys):
+    run = make_run(tmp_path / "a", [[0.5], [0.6]], [0.0, 0.1], seed=1)
+    shutil.rmtree(run / "tests")
+    with pytest.raises(SystemExit):
+        hacking.seeds_table([run])
+    assert "tests/step_*.jsonl are missing" in capsys.readouterr().err
 
 
 # --- pictures -------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class Log:
         self.clock = Stopwatch()
         if self.writes:
             begin_log(folder, start, cfg, rewards.all)
-            self.tracker = start_tracker(cfg, folder)
+            self.tracker = start_tracker(cfg, folder, start)
             print(
                 f"{folder}/: trained on {' + '.join(self.trained)}; held out: "
                 f"{', '.join(self.heldout) or 'nothing'}; {cfg.prompts_per_step} prompts x "
@@ -167,7 +167,8 @@ class Log:
 
     def end(self, page):
         """Name the page; send the changes from the first test to the last, and the two figures."""
-        first, *_, last = read_jsonl(self.folder / "test.jsonl")
+        tests = read_jsonl(self.folder / "test.jsonl")
+        first, last = tests[0], tests[-1]
         changes = {f"change/{n}": last[n] - first[n] for n in first if "/" not in n and n != "step"}
         files = {name: self.folder / f"{name}.png" for name in ("hacking", "training")}
         self.send(last["step"], changes, files)

@@ -9,7 +9,7 @@ import importlib.util
 import secrets
 from dataclasses import asdict
 
-from training.files import usage_error, without_password
+from training.files import atomic, usage_error, without_password
 
 PROJECT = "artifact-reward"
 
@@ -20,14 +20,21 @@ def check_installed(name):
         usage_error(f"--report-to {name}: not installed; pip install {name}, or drop the flag")
 
 
-def start_tracker(cfg, folder):
-    """The tracker of --report-to. Each kind has two methods: send(step, numbers, pictures), with
-    name -> number and name -> PNG file; and finish()."""
+def start_tracker(cfg, folder, start=0):
+    """The tracker of --report-to, of a run that begins at step `start`. Each kind has two methods:
+    send(step, numbers, pictures), with name -> number and name -> PNG file; and finish(). Exit code
+    2 if its library does not start."""
     if cfg.report_to == "none":
         return Nowhere()
     flags = asdict(cfg) | {"judge_url": [without_password(url) for url in cfg.judge_url]}
     kind = TensorBoard if cfg.report_to == "tensorboard" else Session
-    return kind(cfg.report_to, folder, flags)
+    try:
+        return kind(cfg.report_to, folder, flags, start)
+    except Exception as problem:  # no account, no network, no room: each library raises its own
+        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        usage_error(
+            f"--report-to {cfg.report_to}: it does not start ({reason}); fix it, or drop the flag"
+        )
 
 
 def run_id(folder):
@@ -35,7 +42,8 @@ def run_id(folder):
     new folder of an old name is another one."""
     file = folder / ".run_id"
     if not file.exists():
-        file.write_text(f"{folder.name}-{secrets.token_hex(3)}")
+        with atomic(file) as target:
+            target.write(f"{folder.name}-{secrets.token_hex(3)}")
     return file.read_text()
 
 
@@ -50,10 +58,10 @@ class Nowhere:
 class TensorBoard:
     """tensorboard --logdir runs"""
 
-    def __init__(self, name, folder, flags):
+    def __init__(self, name, folder, flags, start):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(folder / "tensorboard")
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=start)
         self.writer.add_text("flags", "\n".join(f"    {k} {v}" for k, v in flags.items()))
 
     def send(self, step, numbers, pictures):
@@ -72,21 +80,16 @@ class TensorBoard:
 
 
 class Session:
-    """wandb, or trackio, which has the same functions."""
+    """wandb, or trackio, which has the same functions. Steps that a resumed run repeats are there
+    twice; the run folder has them once."""
 
-    def __init__(self, name, folder, flags):
+    def __init__(self, name, folder, flags, start):
         self.library, self.is_wandb = importlib.import_module(name), name == "wandb"
         label = run_id(folder)
         where = {"id": label, "dir": folder} if self.is_wandb else {}
-        try:
-            self.run = self.library.init(
-                project=PROJECT, name=label, config=flags, resume="allow", **where
-            )
-        except Exception as problem:  # no account, no network, no room: each library has its kinds
-            reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-            usage_error(
-                f"--report-to {name}: it does not start ({reason}); mend it, or drop the flag"
-            )
+        self.run = self.library.init(
+            project=PROJECT, name=label, config=flags, resume="allow", **where
+        )
         if self.is_wandb:  # its own counter of steps refuses to go back, as a resumed run does
             self.run.define_metric("*", step_metric="step")
 
