@@ -46,7 +46,7 @@ from evaluation.answers import Answers
 from evaluation.best_arm import SELECT, Race, log_likelihoods
 from evaluation.labels import compare, load_examples, with_intervals
 from evaluation.tables import interval, markdown
-from reward_models.judge import DEFAULT_URL, LocalJudge, ServedJudge
+from reward_models.judge import DEFAULT_URL, JudgeUrls, LocalJudge, ServedJudge
 from tiny_world.questions import ScriptedEditor
 from training.decode import file_digest, open_picture
 from training.files import ROOT, atomic, fingerprint, usage_error
@@ -74,7 +74,7 @@ class Config:
     budget: float = 0.35  # judge calls of a round, as a share of those of "full"
     seeds: tuple[int, ...] = (0, 1, 2)  # one search each
     checkpoint: str = "tiny"  # judge in this process: "tiny", a folder, a hub name; none: a server
-    judge_url: tuple[str, ...] = ()  # judge server(s)
+    judge_url: JudgeUrls = ()  # judge server; give it once for each
     judge_model: str | None = None  # the served model's name [the first that is served]
     writer: Literal["auto", "judge", "scripted"] = "auto"  # writes questions [tiny: scripted]
     writer_url: str | None = None  # server of the writer [the judge's]

@@ -42,7 +42,7 @@ from evaluation.figures import hacking_figure, report_page
 from evaluation.layouts import find_images
 from evaluation.tables import bootstrap, markdown
 from reward_models import guards
-from reward_models.judge import DEFAULT_URL, ServedJudge
+from reward_models.judge import DEFAULT_URL, JudgeUrls, ServedJudge
 from training.decode import file_digest, open_picture
 from training.files import atomic, usage_error
 from training.pictures import cut_sheet
@@ -70,7 +70,7 @@ class Config:
     summarize: str = ""  # a result file of an official scorer
     output: str = ""  # file of the scores or of the comparison [beside the pictures; compare.html]
     model: str = "tiny"  # "tiny" for our reward checkpoints, "real" for the published ones
-    judge_url: tuple[str, ...] = ()  # judge server(s) [tiny: in this process]
+    judge_url: JudgeUrls = ()  # judge server; give it once for each [tiny: in this process]
     strict: bool = False  # a prompt without pictures is an error
 
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import generate
 import rewards as reward_lib
 from adversarial_reward import update_adversaries
-from artifact_reward import read_question
+from artifact_reward import JudgeUrls, read_question
 from evaluation.figures import report_page
 from reward_models import guards
 from reward_models.image_statistics import image_statistics
@@ -94,7 +94,7 @@ class Config:
     gpu_memory: float = 80  # dry run: GB of each GPU
     device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic, not of the weights
-    judge_url: tuple[str, ...] = ()  # judge server(s) [tiny: in-process; else 127.0.0.1:8000]
+    judge_url: JudgeUrls = ()  # judge server; give it once for each [tiny: in-process; else 127.0.0.1:8000]
     judge_model: str | None = None  # the served model's name [the first that is served]
     references: str | None = None  # reward adversarial: reference pictures [tiny: drawn]
     adversary_steps: int = 4  # reward adversarial: discriminator updates for each policy update

@@ -186,6 +186,7 @@ def parts(vllm):
     remote = f"--rewards hps@http://127.0.0.1:{PORT}"
     judge = "-m vllm.entrypoints.openai.api_server --model " + RECIPES[0].judge.split()[3]
     judge += re.sub(r".*?--port \d+", f" --port {JUDGE_PORT}", RECIPES[0].judge)
+    judge += " --enforce-eager"  # compiling takes minutes on a CPU
     hps, P1, P2 = "--rewards hps", "--prompts-per-step 1", "--prompts-per-step 2"
     found = [
         ("plan", "`--dry-run`", f"{grpo} {seven} --rewards hps --dry-run --world-size 7", ""),

@@ -239,3 +239,12 @@ def test_the_readmes_example_of_a_reward_is_one(monkeypatch):
     scores = rewards.load("blue")(["a star"] * 3, images)
     assert scores.dtype == torch.float32 and scores.tolist() == [1.0, 0.0, -0.5]
     assert len(code.strip().splitlines()) <= 10
+
+
+@pytest.mark.parametrize("script, files", [("artifact_reward", "images"), ("evaluate", "runs")])
+def test_a_judges_address_does_not_swallow_the_files_behind_it(script, files):
+    module = importlib.import_module(script)
+    line = "--judge-url http://one:1/v1 --judge-url http://two:2/v1 a b"
+    cfg = tyro.cli(module.Config, args=line.split())
+    assert cfg.judge_url == ("http://one:1/v1", "http://two:2/v1")
+    assert getattr(cfg, files) == ("a", "b")
