@@ -74,7 +74,7 @@ class Config:
     budget: float = 0.35  # judge calls of a round, as a share of those of "full"
     seeds: tuple[int, ...] = (0, 1, 2)  # one search each
     checkpoint: str = "tiny"  # judge in this process: "tiny", a folder, a hub name; none: a server
-    judge_url: JudgeUrls = ()  # judge server; give it once for each
+    judge_url: JudgeUrls = ()  # judge server; again for more
     judge_model: str | None = None  # the served model's name [the first that is served]
     writer: Literal["auto", "judge", "scripted"] = "auto"  # writes questions [tiny: scripted]
     writer_url: str | None = None  # server of the writer [the judge's]

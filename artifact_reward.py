@@ -194,7 +194,7 @@ def sanity_images(side=256):
 class Config:
     images: Annotated[tuple[str, ...], tyro.conf.Positional]  # picture files
     explain: str = ""  # also write a page here: picture, question, token probabilities, score
-    judge_url: JudgeUrls = ()  # judge server; give it once for each [the judge runs in this process]
+    judge_url: JudgeUrls = ()  # judge server; again for more [the judge runs in this process]
     judge_model: str | None = None  # the served model's name [the first that is served]
     checkpoint: str = "tiny"  # judge in this process: "tiny", a folder, or a hub name
     question: str | None = None  # a text or a file [the judge's artifact.txt, prompts/artifact.txt]

@@ -70,7 +70,7 @@ class Config:
     summarize: str = ""  # a result file of an official scorer
     output: str = ""  # file of the scores or of the comparison [beside the pictures; compare.html]
     model: str = "tiny"  # "tiny" for our reward checkpoints, "real" for the published ones
-    judge_url: JudgeUrls = ()  # judge server; give it once for each [tiny: in this process]
+    judge_url: JudgeUrls = ()  # judge server; again for more [tiny: in this process]
     strict: bool = False  # a prompt without pictures is an error
 
 

@@ -187,6 +187,10 @@ def parts(vllm):
     judge = "-m vllm.entrypoints.openai.api_server --model " + RECIPES[0].judge.split()[3]
     judge += re.sub(r".*?--port \d+", f" --port {JUDGE_PORT}", RECIPES[0].judge)
     judge += " --enforce-eager"  # compiling takes minutes on a CPU
+    # A judge with random weights says neither yes nor no, and the trainer refuses it.
+    tiny_judge = judge.replace(f"--model {JUDGE}", f"--model {SHIPPED}/artifact --dtype float32")
+    tiny_judge += f" --served-model-name {JUDGE}"
+    tiny_judge = tiny_judge.replace("--max-model-len 4096", "--max-model-len 512")
     hps, P1, P2 = "--rewards hps", "--prompts-per-step 1", "--prompts-per-step 2"
     found = [
         ("plan", "`--dry-run`", f"{grpo} {seven} --rewards hps --dry-run --world-size 7", ""),
@@ -217,8 +221,8 @@ def parts(vllm):
         found += [
             ("judge", "vLLM, 24 GB: artifact_reward.py", "artifact_reward.py --judge-url "
              f"http://127.0.0.1:{JUDGE_PORT}/v1 pictures/00000/samples/0000.png", judge),
-            ("judged", "vLLM, 24 GB: the trainer",
-             f"{grpo} {one} {SMALL} {P1} {SERVED_JUDGE} --run-name judged", judge),
+            ("judged", "the trainer, with our tiny judge served by vLLM under the published name",
+             f"{grpo} {one} {SMALL} {P1} {SERVED_JUDGE} --run-name judged", tiny_judge),
         ]  # fmt: skip
     return found
 
