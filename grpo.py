@@ -94,7 +94,7 @@ class Config:
     gpu_memory: float = 80  # dry run: GB of each GPU
     device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic, not of the weights
-    judge_url: JudgeUrls = ()  # judge server; again for more [tiny: in-process; else 127.0.0.1:8000]
+    judge_url: JudgeUrls = ()  # judge server; again for more [tiny: in-process; else port 8000]
     judge_model: str | None = None  # the served model's name [the first that is served]
     references: str | None = None  # reward adversarial: reference pictures [tiny: drawn]
     adversary_steps: int = 4  # reward adversarial: discriminator updates for each policy update
