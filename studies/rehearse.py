@@ -167,6 +167,8 @@ SMALL = (
     "--test-prompts prompts.txt"
 )
 PORT, JUDGE_PORT = 18100, 18000
+# A judge with random weights says neither yes nor no: no score, which exit code 3 reports.
+EXPECTED = {"judge": 3}
 SERVED_JUDGE = f"--rewards hps,artifact --judge-url http://127.0.0.1:{JUDGE_PORT}/v1"
 
 
@@ -187,7 +189,7 @@ def parts(vllm):
     judge = "-m vllm.entrypoints.openai.api_server --model " + RECIPES[0].judge.split()[3]
     judge += re.sub(r".*?--port \d+", f" --port {JUDGE_PORT}", RECIPES[0].judge)
     judge += " --enforce-eager"  # compiling takes minutes on a CPU
-    # A judge with random weights says neither yes nor no, and the trainer refuses it.
+    # The trainer refuses a judge that says neither yes nor no.
     tiny_judge = judge.replace(f"--model {JUDGE}", f"--model {SHIPPED}/artifact --dtype float32")
     tiny_judge += f" --served-model-name {JUDGE}"
     tiny_judge = tiny_judge.replace("--max-model-len 4096", "--max-model-len 512")
@@ -219,7 +221,7 @@ def parts(vllm):
     ]  # fmt: skip
     if vllm:
         found += [
-            ("judge", "vLLM, 24 GB: artifact_reward.py", "artifact_reward.py --judge-url "
+            ("judge", "artifact_reward.py, with vLLM as in the recipe", "artifact_reward.py --judge-url "
              f"http://127.0.0.1:{JUDGE_PORT}/v1 pictures/00000/samples/0000.png", judge),
             ("judged", "the trainer, with our tiny judge served by vLLM under the published name",
              f"{grpo} {one} {SMALL} {P1} {SERVED_JUDGE} --run-name judged", tiny_judge),
@@ -294,16 +296,18 @@ def main(cfg):
     file, rows = folder / "results.json", []
     results = json.loads(file.read_text()) if file.is_file() else {}
     for name, title, command, serving in parts(cfg.vllm):
-        if results.get(name, {}).get("exit") != 0 and (not cfg.only or name in cfg.only):
+        expected = EXPECTED.get(name, 0)
+        if results.get(name, {}).get("exit") != expected and (not cfg.only or name in cfg.only):
             print(f"{name}: {command}", flush=True)
             results[name] = run_part(folder, name, command, serving, cfg.vllm)
             with atomic(file) as target:
                 json.dump(results, target, indent=1)
         if result := results.get(name):
-            how = "passed" if result["exit"] == 0 else f"exit code {result['exit']}"
+            how = "passed" if result["exit"] == expected else f"exit code {result['exit']}"
             rows.append({"rehearsed": title, "result": how, "seconds": result["seconds"]})
     print(markdown(rows))
-    sys.exit(3 if any(result["exit"] for result in results.values()) else 0)
+    failed = [name for name, result in results.items() if result["exit"] != EXPECTED.get(name, 0)]
+    sys.exit(3 if failed else 0)
 
 
 if __name__ == "__main__":
