@@ -222,7 +222,8 @@ def parts(vllm):
     if vllm:
         found += [
             ("judge", "artifact_reward.py, with vLLM as in the recipe",
-             f"artifact_reward.py --judge-url http://127.0.0.1:{JUDGE_PORT}/v1 pictures/00000/samples/0000.png", judge),
+             f"artifact_reward.py --judge-url http://127.0.0.1:{JUDGE_PORT}/v1 "
+             "pictures/00000/samples/0000.png", judge),
             ("judged", "the trainer, with our tiny judge served by vLLM under the published name",
              f"{grpo} {one} {SMALL} {P1} {SERVED_JUDGE} --run-name judged", tiny_judge),
         ]  # fmt: skip
