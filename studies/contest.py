@@ -39,7 +39,7 @@ import tyro
 from tqdm import tqdm
 
 import rewards
-from evaluation import hacking
+from evaluation import alarms, hacking
 from evaluation.tables import interval, markdown
 from training.files import ROOT, atomic, usage_error
 from training.records import mean, read_jsonl
@@ -144,15 +144,12 @@ def measure(run):
     }
 
 
-def stopping_time(run, tests, heldout="artifact"):
-    """Early stopping without gold: the index of the last test before the held-out judge falls by
-    more than two standard errors (picture by picture, compared with the first test)."""
-    records = [read_jsonl(Path(run) / "tests" / f"step_{t['step']:06d}.jsonl") for t in tests]
-    for i in range(1, len(tests)):
-        change, error = hacking.paired(records[0], records[i], heldout)
-        if change < -2 * error:
-            return i - 1
-    return len(tests) - 1
+def stopping_time(run, tests):
+    """Early stopping without gold: the index of the last test before the first alarm goes off
+    (evaluation/alarms.py; the judge is held out)."""
+    steps = [alarms.first_alarm(name, alarm(run)) for name, alarm in alarms.ALARMS.items()]
+    first = min((step for step in steps if step is not None), default=math.inf)
+    return max(i for i, test in enumerate(tests) if i == 0 or test["step"] < first)
 
 
 # --- all runs -----------------------------------------------------------------------------------
@@ -202,7 +199,7 @@ def changes(runs):
 def contest_table(results):
     rows = []
     for cure, runs in results.items():
-        source = CURES[cure]["from"] if cure != STOPPED else "the onset, seen by the judge"
+        source = CURES[cure]["from"] if cure != STOPPED else "at the first alarm"
         row, columns = {"cure": cure, "from": source, "runs": len(runs)}, changes(runs)
         for name, (center, width) in columns.items():
             row[name] = f"{center:.1f}" if name in ("KL", "minutes") else f"{center:+.3f}"

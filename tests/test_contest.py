@@ -73,14 +73,15 @@ def test_a_result_is_filed_under_the_name_of_its_cure(tmp_path):
     assert len(names) == len(contest.CURES) and "kl_beta_.05_seed1.json" in names
 
 
-def test_the_stopping_time_is_before_the_judge_falls_by_two_standard_errors(tmp_path):
-    (tmp_path / "tests").mkdir()
-    scores = {0: (0.5, 0.7), 10: (0.6, 0.6), 20: (0.2, 0.4), 30: (0.9, 0.9)}
-    for step, values in scores.items():
-        records = [{"id": str(i), "sample": 0, "artifact": v} for i, v in enumerate(values)]
-        lines = "\n".join(map(json.dumps, records))
-        (tmp_path / "tests" / f"step_{step:06d}.jsonl").write_text(lines)
-    tests = [{"step": step} for step in scores]
-    # At step 20 each of the two scores has fallen by .3: the standard error is 0.
-    assert contest.stopping_time(tmp_path, tests) == 1
-    assert contest.stopping_time(tmp_path, tests[:2]) == 1  # it does not fall: the last test
+def test_the_stopping_time_is_the_last_test_before_the_first_alarm(monkeypatch):
+    tests = [{"step": step} for step in (0, 10, 20, 30)]
+    far = {"distance": {10: 0.5, 20: 2.5}, "parting": {15: 11.0, 20: 30.0}, "pictures": {}}
+    kinds = {name: lambda run, values=values: values for name, values in far.items()}
+    monkeypatch.setattr(contest.alarms, "ALARMS", kinds)
+    assert contest.stopping_time("run", tests) == 1  # "parting" went off at step 15
+    kinds["parting"] = lambda run: {}
+    assert contest.stopping_time("run", tests) == 1  # "distance", at the test of step 20
+    kinds["distance"] = lambda run: {0: 9.0}
+    assert contest.stopping_time("run", tests) == 0  # never before the first test
+    kinds["distance"] = lambda run: {}
+    assert contest.stopping_time("run", tests) == 3  # no alarm: the last test
