@@ -54,6 +54,7 @@ class Config:
     folder: str = "runs/rehearsal"  # the cache, the runs, the logs
     vllm: str = ""  # the interpreter of an environment with vLLM; without it no judge is served
     only: tuple[str, ...] = ()  # names of parts [all]
+    device: str = "cpu"  # or cuda
 
 
 # --- checkpoints in the published formats -------------------------------------------------------
@@ -179,7 +180,7 @@ def flags_of(title):
     return re.sub(r" --judge-url \S+", "", flags)
 
 
-def parts(vllm):
+def parts(vllm, device="cpu"):
     """[(name, what it shows, command, command of a server it needs)]."""
     grpo, two = "grpo.py", "-m torch.distributed.run --standalone --nproc-per-node 2 grpo.py"
     one, eight = flags_of("1B, two GPUs of 24 GB"), flags_of("1B, eight of 80 GB")
@@ -227,7 +228,10 @@ def parts(vllm):
             ("judged", "the trainer, with our tiny judge served by vLLM under the published name",
              f"{grpo} {one} {SMALL} {P1} {SERVED_JUDGE} --run-name judged", tiny_judge),
         ]  # fmt: skip
-    return found
+    return [
+        (name, title, command.replace("--device cpu", f"--device {device}"), serving)
+        for name, title, command, serving in found
+    ]
 
 
 @contextlib.contextmanager
@@ -286,7 +290,7 @@ def run_part(folder, name, command, serving, vllm):
 
 
 def main(cfg):
-    known = [name for name, *_ in parts(cfg.vllm)]
+    known = [name for name, *_ in parts(cfg.vllm, cfg.device)]
     for name in cfg.only:
         if name not in known:
             usage_error(f"--only {name}: must be of {', '.join(known)}; judges need --vllm")
@@ -296,7 +300,7 @@ def main(cfg):
     make_cache(folder / "hub")
     file, rows = folder / "results.json", []
     results = json.loads(file.read_text()) if file.is_file() else {}
-    for name, title, command, serving in parts(cfg.vllm):
+    for name, title, command, serving in parts(cfg.vllm, cfg.device):
         expected = EXPECTED.get(name, 0)
         if results.get(name, {}).get("exit") != expected and (not cfg.only or name in cfg.only):
             print(f"{name}: {command}", flush=True)

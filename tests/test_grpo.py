@@ -614,6 +614,13 @@ def test_the_end_of_a_run_sends_its_figures_and_changes(tmp_path):
     assert [file.name for file in files.values()] == ["hacking.png", "training.png"]
 
 
+def test_the_peak_of_the_gpus_memory_is_logged_where_there_is_one(monkeypatch):
+    assert log.peak_memory() == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 10**9)
+    assert log.peak_memory() == {"gpu_gb": 3.0}
+
+
 def test_a_step_is_summarized_without_its_failed_scores():
     scores = [1.0, 2.0, float("nan"), 4.0]
     records = [

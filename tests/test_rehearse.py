@@ -50,7 +50,7 @@ def test_every_recipe_is_rehearsed_with_its_own_flags():
 def test_a_part_that_failed_is_repeated_and_one_that_passed_is_not(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rehearse, "make_cache", lambda hub: None)
     parts = [("good", "it", "-c 'print(41 + 1)'", ""), ("bad", "that", "-c 'exit(2)'", "")]
-    monkeypatch.setattr(rehearse, "parts", lambda vllm: parts)
+    monkeypatch.setattr(rehearse, "parts", lambda vllm, device: parts)
     cfg = rehearse.Config(folder=str(tmp_path))
     for repeated in ("good: ", ""):
         with pytest.raises(SystemExit) as stop:

@@ -70,6 +70,13 @@ def with_errors(means):
     return "  ".join(parts)
 
 
+def peak_memory():
+    """GB that torch has used of the fullest GPU so far; nothing on a CPU."""
+    if not torch.cuda.is_available():
+        return {}
+    return {"gpu_gb": max(gather([torch.cuda.max_memory_allocated() / 1e9]))}
+
+
 class Stopwatch:
     """Seconds of each part of a step, as metrics "seconds/<part>"."""
 
@@ -115,7 +122,7 @@ class Log:
         records = gather(make_records(rows, rollouts, scores))
         G = self.cfg.num_generations
         metrics = metrics | summarize(records, self.trained, self.heldout, G)
-        metrics |= check_weights(policy)
+        metrics |= check_weights(policy) | peak_memory()
         metrics["diversity"] = mean(gather(pictures.diversity(rollouts.images, G)))
         if self.writes:
             line = {"step": step, **metrics, **self.clock.seconds}
