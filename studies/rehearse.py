@@ -187,13 +187,6 @@ def parts(vllm, device="cpu"):
     seven, nodes = flags_of("7B, eight of 80 GB"), flags_of(RECIPES[-1].title)
     serve = f"rewards.py serve hps --model real --port {PORT}"
     remote = f"--rewards hps@http://127.0.0.1:{PORT}"
-    judge = "-m vllm.entrypoints.openai.api_server --model " + RECIPES[0].judge.split()[3]
-    judge += re.sub(r".*?--port \d+", f" --port {JUDGE_PORT}", RECIPES[0].judge)
-    judge += " --enforce-eager"  # compiling takes minutes on a CPU
-    # The trainer refuses a judge that says neither yes nor no.
-    tiny_judge = judge.replace(f"--model {JUDGE}", f"--model {SHIPPED}/artifact --dtype float32")
-    tiny_judge += f" --served-model-name {JUDGE}"
-    tiny_judge = tiny_judge.replace("--max-model-len 4096", "--max-model-len 512")
     hps, P1, P2 = "--rewards hps", "--prompts-per-step 1", "--prompts-per-step 2"
     found = [
         ("plan", "`--dry-run`", f"{grpo} {seven} --rewards hps --dry-run --world-size 7", ""),
@@ -220,18 +213,28 @@ def parts(vllm, device="cpu"):
         ("evaluate", "evaluate.py --images", "evaluate.py --images trained --prompts prompts.txt "
          "--rewards hps --model real", ""),
     ]  # fmt: skip
-    if vllm:
-        found += [
-            ("judge", "artifact_reward.py, with vLLM as in the recipe",
-             f"artifact_reward.py --judge-url http://127.0.0.1:{JUDGE_PORT}/v1 "
-             "pictures/00000/samples/0000.png", judge),
-            ("judged", "the trainer, with our tiny judge served by vLLM under the published name",
-             f"{grpo} {one} {SMALL} {P1} {SERVED_JUDGE} --run-name judged", tiny_judge),
-        ]  # fmt: skip
     return [
         (name, title, command.replace("--device cpu", f"--device {device}"), serving)
-        for name, title, command, serving in found
+        for name, title, command, serving in found + (judge_parts(one, P1) if vllm else [])
     ]
+
+
+def judge_parts(one, P1):
+    """Those that need vLLM."""
+    judge = "-m vllm.entrypoints.openai.api_server --model " + RECIPES[0].judge.split()[3]
+    judge += re.sub(r".*?--port \d+", f" --port {JUDGE_PORT}", RECIPES[0].judge)
+    judge += " --enforce-eager"  # compiling takes minutes on a CPU
+    # The trainer refuses a judge that says neither yes nor no.
+    tiny_judge = judge.replace(f"--model {JUDGE}", f"--model {SHIPPED}/artifact --dtype float32")
+    tiny_judge += f" --served-model-name {JUDGE}"
+    tiny_judge = tiny_judge.replace("--max-model-len 4096", "--max-model-len 512")
+    return [
+        ("judge", "artifact_reward.py, with vLLM as in the recipe",
+         f"artifact_reward.py --judge-url http://127.0.0.1:{JUDGE_PORT}/v1 "
+         "pictures/00000/samples/0000.png", judge),
+        ("judged", "the trainer, with our tiny judge served by vLLM under the published name",
+         f"grpo.py {one} {SMALL} {P1} {SERVED_JUDGE} --run-name judged", tiny_judge),
+    ]  # fmt: skip
 
 
 @contextlib.contextmanager
