@@ -236,8 +236,8 @@ def reference_logprobs(policy, reference, rollouts, cfg):
 
 
 def update_policy(policy, reference_NS, optimizer, rollouts, advantages, cfg):
-    """`updates_per_rollout` optimizer steps on these rollouts. Returns metrics. The mean goes over
-    all tokens of all processes ("token mean", as DAPO; T2I-R1: within each micro-batch)."""
+    """`updates_per_rollout` optimizer steps on these rollouts; returns metrics. The mean goes over all
+    tokens of all processes (as DAPO), or longer thoughts would weigh less (as in T2I-R1)."""
     mask, cfg_weight = rollouts.mask, guidance_weights(cfg, policy)[1]
     advantages = advantages.to(mask.device)
     (tokens,) = processes.sum_over_processes([mask.sum().item()])

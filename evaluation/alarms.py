@@ -12,7 +12,8 @@ on runs of which gold knows the truth is in docs/results.md, "Which alarm tells?
                 that of the first ten steps
     parting     a CUSUM (Page, 1954) over the training steps. Each step adds how far a held-out
                 score is below its usual mean, in its usual deviations, minus SLACK. While the
-                reward is below its own usual mean, a step adds -SLACK. The sum stays above 0
+                reward is below its own usual mean, a step adds -SLACK. The sum never falls
+                below 0
 
 A number that was not measured, or has no score, sets off no alarm.
 
@@ -59,10 +60,11 @@ def held_out(run):
     proxy, names, values = hacking.names_in(config, "rewards")[0], held_out_names(config), {}
     for step, records in later if names else ():
         falls = [in_errors(*hacking.paired(first[1], records, name)) for name in names]
+        known = [fall for fall in falls if not math.isnan(fall)]
         rises = hacking.paired(first[1], records, proxy)[0] > 0
-        values[step] = max((f for f in falls if not math.isnan(f)), default=math.nan)
-        values[step] = values[step] if rises or math.isnan(values[step]) else 0.0
-    return {step: value for step, value in values.items() if not math.isnan(value)}
+        if known:
+            values[step] = max(known) if rises else 0.0
+    return values
 
 
 def usual(values):

@@ -42,7 +42,7 @@ import rewards
 from evaluation import alarms, hacking
 from evaluation.tables import interval, markdown
 from training.files import ROOT, atomic, usage_error
-from training.records import mean, read_jsonl
+from training.records import mean
 from training.run_folder import checkpoints
 
 BUDGET = "--eval-steps 10 --save-steps 25 --best-of 0"
@@ -133,7 +133,7 @@ def measure(run):
     _, steps, tests, _ = hacking.read_run(run)
     seconds = [line[name] for line in steps for name in line if name.startswith("seconds/")]
     names = ("step", "kl", "artifact-free", *MEASURED)
-    first = read_jsonl(Path(run) / "tests" / "step_000000.jsonl")
+    first = hacking.first_records(run)
     return {
         "tests": [{name: test[name] for name in names} for test in tests],
         "deviation": hacking.within_prompt_std(first, "hps"),

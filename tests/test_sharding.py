@@ -71,13 +71,18 @@ def test_lora_adds_twice_the_product_of_its_matrices(policy):
     assert torch.allclose(merged, expected, atol=1e-6)
 
 
-def test_a_lora_checkpoint_opens_like_any_other_and_resumes_from_its_matrices(
-    policy, cfg, tmp_path
-):
+def trained_lora(policy, cfg):
+    """(a policy with LoRA after one update, rollouts, its log-probabilities of them)."""
     adapted = sharding.add_lora(copy.deepcopy(policy), 4)
     rollouts = rollouts_of(policy, cfg)
     learn(adapted, None, rollouts, cfg, sgd(adapted, 0.5))
-    expected = grpo.all_logprobs(adapted, rollouts, cfg)
+    return adapted, rollouts, grpo.all_logprobs(adapted, rollouts, cfg)
+
+
+def test_a_lora_checkpoint_opens_like_any_other_and_resumes_from_its_matrices(
+    policy, cfg, tmp_path
+):
+    adapted, rollouts, expected = trained_lora(policy, cfg)
     adapted.save(tmp_path, sharding.full_model_state(adapted))
     adapted.adapter.save_pretrained(tmp_path / "lora")
     merged = generate.load_policy(str(tmp_path))
@@ -91,10 +96,7 @@ def test_peft_opens_the_adapter_of_a_checkpoint_beside_the_model_it_was_trained_
 ):
     from peft import PeftModel
 
-    adapted = sharding.add_lora(copy.deepcopy(policy), 4)
-    rollouts = rollouts_of(policy, cfg)
-    learn(adapted, None, rollouts, cfg, sgd(adapted, 0.5))
-    expected = grpo.all_logprobs(adapted, rollouts, cfg)
+    adapted, rollouts, expected = trained_lora(policy, cfg)
     adapted.adapter.save_pretrained(tmp_path / "lora")
     base = copy.deepcopy(policy)
     PeftModel.from_pretrained(base.model, tmp_path / "lora")  # adds the matrices in place

@@ -185,10 +185,8 @@ def begin_log(folder, start, cfg, rewards):
     inputs = inputs_of(cfg, rewards)
     if start:
         check_same_inputs(folder, inputs)
-    flags = asdict(cfg)
-    flags["judge_url"] = [without_password(url) for url in cfg.judge_url]
     config = {
-        "flags": flags,
+        "flags": flags_of(cfg),
         "inputs": inputs,
         "command": without_password(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "processes": world_size(),
@@ -199,6 +197,11 @@ def begin_log(folder, start, cfg, rewards):
     }
     with atomic(folder / "config.json") as file:
         json.dump(config, file, indent=2)
+
+
+def flags_of(cfg):
+    """The flags as they may be written down: without passwords."""
+    return asdict(cfg) | {"judge_url": [without_password(url) for url in cfg.judge_url]}
 
 
 def inputs_of(cfg, rewards):

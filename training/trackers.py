@@ -7,9 +7,9 @@ Read next: log.py
 
 import importlib.util
 import secrets
-from dataclasses import asdict
 
-from training.files import atomic, usage_error, without_password
+from training.files import atomic, usage_error
+from training.run_folder import flags_of
 
 PROJECT = "artifact-reward"
 
@@ -26,10 +26,9 @@ def start_tracker(cfg, folder, start=0):
     2 if its library does not start."""
     if cfg.report_to == "none":
         return Nowhere()
-    flags = asdict(cfg) | {"judge_url": [without_password(url) for url in cfg.judge_url]}
     kind = TensorBoard if cfg.report_to == "tensorboard" else Session
     try:
-        return kind(cfg.report_to, folder, flags, start)
+        return kind(cfg.report_to, folder, flags_of(cfg), start)
     except Exception as problem:  # no account, no network, no room: each library raises its own
         reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         usage_error(
