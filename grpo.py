@@ -236,8 +236,8 @@ def reference_logprobs(policy, reference, rollouts, cfg):
 
 
 def update_policy(policy, reference_NS, optimizer, rollouts, advantages, cfg):
-    """Updates on these rollouts; returns metrics. The loss is a mean over all tokens of all processes
-    (DAPO). With a mean per process (T2I-R1), tokens beside long thoughts would weigh less."""
+    """Updates on these rollouts; returns metrics. The loss is a mean over all tokens of all
+    processes (DAPO). With a mean per process (T2I-R1), tokens beside long thoughts weigh less."""
     mask, cfg_weight = rollouts.mask, guidance_weights(cfg, policy)[1]
     advantages = advantages.to(mask.device)
     (tokens,) = processes.sum_over_processes([mask.sum().item()])
