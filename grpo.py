@@ -24,22 +24,20 @@ Left out: a value network, a KL in the reward, learned critics.   Read next: gen
 """
 
 import math
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 import tyro
-from tqdm import tqdm
 
 import generate
 import rewards as reward_lib
-from adversarial_reward import update_adversaries
+from adversarial_reward import References, update_adversaries
 from artifact_reward import JudgeUrls, read_question
 from evaluation.figures import report_page
-from reward_models import guards
 from reward_models.image_statistics import image_statistics
 from training import checks, processes, run_folder, sharding, stopping
+from training.cures import OFF, Cure, Cures, flatten_gradient
 from training.log import Log, make_records
 from training.memory_plan import print_plan
 from training.policy import trainable
@@ -71,7 +69,7 @@ class Config:
     # or best: imitate the best picture of each group (RAFT, best-of-n fine-tuning)
     advantage: Literal["group", "none", "global", "best"] = "group"
     # several rewards -> one number, see rewards.combine
-    combine: Literal["sum", "normalized", "mean", "min", "uwo", "pareto", "constrained"] = "sum"
+    combine: reward_lib.Combine = "sum"
     floor: float = 0.7  # combine=constrained: each reward but the first is to stay above this
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 
@@ -101,6 +99,8 @@ class Config:
     adversary_update: Literal["always", "beaten"] = "always"  # beaten: only while D is fooled
     question: str | None = None  # for the judge: a text or a file, as apo.py writes [its own]
     max_failures: float = 0.5  # stop when a larger share of a step's rollouts has no score
+
+    cures: Cures = field(default_factory=Cures)  # to compare with: training/cures.py
 
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also log there
     output_dir: str = "runs"  # run folders go here
@@ -192,28 +192,17 @@ def guidance_weights(cfg, policy):
 # --- rollouts and their log-probabilities -------------------------------------------------------
 
 
-def rollout(policy, rows, jobs, stream, cfg, may_halve=True):
+def rollout(policy, rows, jobs, stream, cfg):
     """Sample one thought and one picture for each job (prompt index, sample number). `stream`
     separates the random numbers of different uses: the step in training, -1 in tests, -2 for
     best-of-n."""
-    if len(jobs) > cfg.rollout_batch:
-        batches = [jobs[i : i + cfg.rollout_batch] for i in range(0, len(jobs), cfg.rollout_batch)]
-        return generate.join([rollout(policy, rows, batch, stream, cfg) for batch in batches])
-    keys = [(cfg.seed, stream, i, k) for i, k in jobs]
-    prompts = [rows[i]["prompt"] for i, _ in jobs]
-    cfg_weight = guidance_weights(cfg, policy)[0]
-    try:
-        return generate.sample(policy, prompts, keys, cfg.cot, cfg_weight, cfg.max_thought)
-    except torch.OutOfMemoryError:
-        if not may_halve or len(jobs) < 2:
-            raise
-    # In two halves, once: a rollout is the same in any batch. Outside of `except`, so that the
-    # exception no longer holds the memory.
-    torch.cuda.empty_cache()
-    message = f"out of memory with {len(jobs)} rollouts at a time: trying half as many"
-    tqdm.write(message, file=sys.stderr)
-    halves = (jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :])
-    return generate.join([rollout(policy, rows, half, stream, cfg, False) for half in halves])
+
+    def sample(jobs):
+        keys = [(cfg.seed, stream, i, k) for i, k in jobs]
+        prompts, weight = [rows[i]["prompt"] for i, _ in jobs], guidance_weights(cfg, policy)[0]
+        return generate.sample(policy, prompts, keys, cfg.cot, weight, cfg.max_thought)
+
+    return generate.join(stopping.in_batches(sample, jobs, cfg.rollout_batch))
 
 
 def micro_batches(rollouts, cfg):
@@ -235,41 +224,64 @@ def reference_logprobs(policy, reference, rollouts, cfg):
 # --- one step -----------------------------------------------------------------------------------
 
 
-def update_policy(policy, reference_NS, optimizer, rollouts, advantages, cfg):
-    """Updates on these rollouts; returns metrics. The loss is a mean over all tokens of all
-    processes (DAPO). With a mean per process (T2I-R1), tokens beside long thoughts weigh less."""
+def compute_gradient(policy, reference_NS, rollouts, advantages, betas, old, tokens, cfg, data):
+    """The gradient of the loss, a mean over the tokens of all processes (DAPO; with a mean per
+    process, as in T2I-R1, tokens beside long thoughts weigh less). old: log pi_old of each
+    micro-batch, or an empty list, which is filled. Returns this process' loss and number of tokens
+    out of the clip range."""
     mask, cfg_weight = rollouts.mask, guidance_weights(cfg, policy)[1]
-    advantages = advantages.to(mask.device)
+    loss_sum, clipped = 0.0, 0
+    policy.model.zero_grad()
+    # transformers checkpoints activations in training mode only; the model has no dropout.
+    policy.language_model.train(cfg.gradient_checkpointing)
+    for i, b in enumerate(micro_batches(rollouts, cfg)):
+        logprobs = generate.logprobs(policy, rollouts[b], cfg_weight)
+        # pi_old is what this very computation gave before the first update, never what the
+        # sampler gave: in bfloat16 the two differ, and guidance multiplies the difference.
+        if len(old) == i:
+            old.append(logprobs.detach())
+        batch = (logprobs, old[i], reference_NS[b], advantages[b], mask[b])
+        loss = grpo_loss(*batch, betas[b], cfg.epsilon, cfg.epsilon_high).sum() / tokens
+        loss.backward()
+        ratio = (logprobs.detach() - old[i]).exp()
+        outside = (ratio < 1 - cfg.epsilon) | (ratio > 1 + cfg.epsilon_high)
+        clipped += (outside & mask[b]).sum().item()
+        loss_sum += loss.item()
+    if data is not None:  # DDRL: the pictures of the references, one for each prompt
+        logprobs = generate.logprobs(policy, data, cfg_weight)[:, -data.image_ids.shape[1] :]
+        loss = -cfg.cures.data_weight * logprobs.mean(1).sum() / cfg.prompts_per_step
+        loss.backward()
+        loss_sum += loss.item()
+    policy.language_model.eval()
+    sharding.sum_gradients(trainable(policy))
+    return loss_sum, clipped
+
+
+def update_policy(
+    policy, reference_NS, optimizer, rollouts, advantages, cfg, betas=None, data=None
+):
+    """Updates on these rollouts; returns metrics. betas: the weight of the KL for each rollout, if
+    it is not the same for all; data: rollouts of reference pictures (training/cures.py)."""
+    mask = rollouts.mask
+    betas = torch.full((len(rollouts),), cfg.beta) if betas is None else betas
+    weights = advantages.to(mask.device), betas.to(mask.device)[:, None]
     (tokens,) = processes.sum_over_processes([mask.sum().item()])
-    old, loss_sum, clipped = [], 0.0, 0
-    for repetition in range(cfg.updates_per_rollout):
-        optimizer.zero_grad()
-        # transformers checkpoints activations in training mode only; the model has no dropout.
-        policy.language_model.train(cfg.gradient_checkpointing)
-        for i, b in enumerate(micro_batches(rollouts, cfg)):
-            logprobs = generate.logprobs(policy, rollouts[b], cfg_weight)
-            # pi_old is what this very computation gave before the first update, never what the
-            # sampler gave: in bfloat16 the two differ, and guidance multiplies the difference.
-            if repetition == 0:
-                old.append(logprobs.detach())
-            batch = (logprobs, old[i], reference_NS[b], advantages[b], mask[b])
-            loss = grpo_loss(*batch, cfg.beta, cfg.epsilon, cfg.epsilon_high).sum() / tokens
-            loss.backward()
-            ratio = (logprobs.detach() - old[i]).exp()
-            outside = (ratio < 1 - cfg.epsilon) | (ratio > 1 + cfg.epsilon_high)
-            clipped += (outside & mask[b]).sum().item()
-            loss_sum += loss.item()
-        policy.language_model.eval()
-        sharding.sum_gradients(trainable(policy))
+    old, results, gamma = [], [], cfg.cures.gradient_penalty
+    arguments = (policy, reference_NS, rollouts, *weights, old, tokens, cfg, data)
+    for _ in range(cfg.updates_per_rollout):
+        results.append(compute_gradient(*arguments))
+        if gamma:
+            flatten_gradient(trainable(policy), lambda: compute_gradient(*arguments), gamma)
         norm = sharding.clip_gradients(trainable(policy), cfg.max_grad_norm)
         if not norm.isfinite():  # the norm over all processes: all of them skip this step
             optimizer.zero_grad()
             break
         optimizer.step()
+    loss, clipped = map(sum, zip(*results))
     old_NS = torch.cat(old)  # its mean over samples is minus the entropy
     per_token = (kl_k3(old_NS, reference_NS), -old_NS)
     kl, surprise = (torch.where(mask, values, 0.0).sum().item() for values in per_token)
-    sums = processes.sum_over_processes([loss_sum, clipped / tokens, kl, len(rollouts), surprise])
+    sums = processes.sum_over_processes([loss, clipped / tokens, kl, len(rollouts), surprise])
     return {
         "loss": sums[0] / cfg.updates_per_rollout,
         "clip_ratio": sums[1] / cfg.updates_per_rollout,
@@ -282,14 +294,15 @@ def update_policy(policy, reference_NS, optimizer, rollouts, advantages, cfg):
     }
 
 
-def train_step(policy, reference, rewards, optimizer, rollouts, rows, step, cfg, clock):
+def train_step(policy, reference, rewards, optimizer, rollouts, rows, step, cfg, clock, cure=OFF):
     """Score this process' rollouts, compute advantages, update the policy. Returns (scores,
     metrics): name -> tensor (N,), with "total" and "advantage"; name -> number."""
     to_score = (rollouts.prompts, rollouts.images, [rows[i] for _, _, i, _ in rollouts.keys])
     metrics = update_adversaries(rewards.adversaries, rollouts)  # before they score
     pending = reward_lib.start_scoring(rewards.train, *to_score)
     # A judge on a server works while we compute these.
-    reference_NS = reference_logprobs(policy, reference, rollouts, cfg)
+    with cure.reference(policy, reference) as original:
+        reference_NS = all_logprobs(original, rollouts, cfg)
     scores = pending()
     stopping.check_scores(scores, rewards.train, cfg.max_failures)
     heldout_scores = reward_lib.score(rewards.heldout, *to_score)
@@ -301,8 +314,12 @@ def train_step(policy, reference, rewards, optimizer, rollouts, rows, step, cfg,
     all_rewards = torch.tensor(processes.gather(total.tolist()))
     first = sum(processes.gather([len(total)])[: processes.rank()])
     advantages = group_advantages(all_rewards, G, cfg.advantage)[first : first + len(total)]
+    advantages = cure.advantages(advantages, rollouts.images, G)
     optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
-    metrics |= update_policy(policy, reference_NS, optimizer, rollouts, advantages, cfg)
+    parts = (policy, reference_NS, optimizer, rollouts, advantages, cfg)
+    betas = cure.betas(cfg.beta, total, heldout_scores, G)
+    metrics |= update_policy(*parts, betas, cure.data(policy, rollouts, G, step))
+    cure.after_step(policy, step + 1)
     clock("update")
     return scores | heldout_scores | {"total": total, "advantage": advantages}, metrics
 
@@ -378,24 +395,6 @@ def make_optimizer(policy, cfg):
     return torch.optim.AdamW(trainable(policy), betas=(0.9, cfg.adam_beta2), weight_decay=0)
 
 
-def load_rewards(cfg, weights, heldout, rows):
-    """Load every reward. Exit code 2 if the judge or the reference pictures are unusable."""
-    adversary = {"references": cfg.references, "steps": cfg.adversary_steps}
-    adversary |= {"when": cfg.adversary_update, "seed": cfg.seed}
-    judge = {"judge_urls": cfg.judge_url, "judge_model": cfg.judge_model, "question": cfg.question}
-    options = {"artifact": judge, "adversarial": adversary, "adversarial-pickscore": adversary}
-    urls = reward_lib.addresses(cfg.rewards) | reward_lib.addresses(cfg.eval_rewards)
-    device, loaded = processes.pick_device(cfg.device)[0], {}
-    checkpoint, prompts = "tiny" if cfg.model == "tiny" else None, [row["prompt"] for row in rows]
-    for name in [*weights, *heldout]:
-        flags = options.get(name, {})
-        loaded[name] = reward_lib.load(name, device, checkpoint, urls.get(name), **flags)
-        if hasattr(loaded[name], "check"):
-            loaded[name].check(prompts)
-    guards.say_cut(loaded, prompts)
-    return reward_lib.Rewards(weights, heldout, loaded)
-
-
 def main(cfg):
     processes.start_processes(cfg.device, math.inf if cfg.shard else max(1, cfg.prompts_per_step))
     checks.fill_presets(cfg)
@@ -407,14 +406,15 @@ def main(cfg):
     folder, checkpoint, _lock = run_folder.open_run(cfg)  # held while this variable exists
 
     policy, reference = load_policies(cfg, checkpoint)
-    rewards = load_rewards(cfg, weights, heldout, rows)
+    rewards = reward_lib.load_all(cfg, weights, heldout, rows)
     optimizer = make_optimizer(policy, cfg)
-    run = run_folder.Run(folder, policy, rewards, optimizer, cfg.save_total_limit)
+    cure = Cure(cfg.cures, policy, References(cfg.references), cfg.seed, rows)
+    run = run_folder.Run(folder, policy, rewards, optimizer, cure, cfg.save_total_limit)
     run.load(checkpoint)  # all but the weights, if there is a checkpoint
     log, stop = Log(cfg, folder, run.step, rewards), stopping.StopSignal()
 
     def test():
-        with sharding.unsharded(policy, reference):
+        with sharding.unsharded(policy, reference), cure.tested(policy):
             log.test(run.step, *evaluate_policy(policy, reference, rewards, test_rows, cfg))
 
     if run.step == 0:
@@ -426,7 +426,7 @@ def main(cfg):
         stop.stop_if_requested(run.save)  # nothing has changed yet: this step is repeated
         parts = (policy, reference, rewards, optimizer)
         with stopping.rescued(run.save):
-            scores, metrics = train_step(*parts, rollouts, rows, step, cfg, log.clock)
+            scores, metrics = train_step(*parts, rollouts, rows, step, cfg, log.clock, cure)
         metrics, records = log.step(step, metrics, policy, rows, rollouts, scores)
         stopping.stop_if_diverged(metrics, step, folder)
         rewards.update_multipliers(records, cfg.combine, cfg.floor)

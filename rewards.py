@@ -49,6 +49,7 @@ from reward_models.serving import DeQA, RemoteReward, announce, serve
 from reward_models.vqascore import VQAScore
 from tiny_world.gold import Gold, GoldAligned, GoldClean
 from training import waiting
+from training.cures import win_rates
 from training.decode import open_picture
 from training.files import ROOT, usage_error
 from training.processes import pick_device
@@ -223,6 +224,25 @@ def refuse_learners(names):
         usage_error(f"{names}: it must learn beside a policy before it can score; use grpo.py")
 
 
+def load_all(cfg, weights, heldout, rows):
+    """The rewards of a run, from the flags of grpo.py, as a Rewards. rows: its training prompts.
+    Exit code 2 if the judge or the reference pictures are unusable."""
+    adversary = {"references": cfg.references, "steps": cfg.adversary_steps}
+    adversary |= {"when": cfg.adversary_update, "seed": cfg.seed}
+    judge = {"judge_urls": cfg.judge_url, "judge_model": cfg.judge_model, "question": cfg.question}
+    options = {"artifact": judge, "adversarial": adversary, "adversarial-pickscore": adversary}
+    urls = addresses(cfg.rewards) | addresses(cfg.eval_rewards)
+    device, loaded = pick_device(cfg.device)[0], {}
+    checkpoint, prompts = "tiny" if cfg.model == "tiny" else None, [row["prompt"] for row in rows]
+    for name in [*weights, *heldout]:
+        flags = options.get(name, {})
+        loaded[name] = load(name, device, checkpoint, urls.get(name), **flags)
+        if hasattr(loaded[name], "check"):
+            loaded[name].check(prompts)
+    guards.say_cut(loaded, prompts)
+    return Rewards(weights, heldout, loaded)
+
+
 # --- scoring ------------------------------------------------------------------------------------
 
 
@@ -288,6 +308,11 @@ def dominated(values_NK, group_size):
     return ((b >= a).all(-1) & (b > a).any(-1)).any(2).view(-1)
 
 
+Combine = Literal[
+    "sum", "normalized", "mean", "min", "uwo", "pareto", "winrate", "quantized", "constrained"
+]
+
+
 def combine(scores, weights, group_size, how="sum", multipliers=None):
     """Many rewards -> one number for each rollout, (N,). NaN marks a rollout that gets no
     advantage: one of its scores failed, or (pareto) it is dominated. z: z-score in the group.
@@ -297,6 +322,10 @@ def combine(scores, weights, group_size, how="sum", multipliers=None):
     mean, min    of the z_k: ensembles (Coste et al., arXiv:2310.02743: mean and worst case).
     uwo          mean - 0.5 variance of the z_k (there, of r; our rewards differ in scale).
     pareto       sum, over rollouts that are not dominated (Parrot, arXiv:2401.05675).
+    winrate      sum_k w_k (share of the group's others that r_k puts lower): only the order counts,
+                 so a tiny difference counts as much as a large one (Pref-GRPO, arXiv:2508.20751).
+    quantized    sum_k of w_k r_k rounded to tenths: tiny differences teach nothing (as in
+                 AR-GRPO, arXiv:2508.06924; its code defines this for each reward's own range).
     constrained  r_1 + sum_{k>1} lambda_k r_k; Rewards.update_multipliers sets lambda so that each
                  further reward stays above its floor (arXiv:2310.04373)."""
     names = list(weights)
@@ -304,6 +333,11 @@ def combine(scores, weights, group_size, how="sum", multipliers=None):
     weight = torch.tensor([weights[name] for name in names])
     if how == "sum":
         return (values * weight).sum(1)
+    if how == "winrate":
+        columns = [win_rates(column, group_size) for column in values.T]
+        return (torch.stack(columns, 1) * weight).sum(1)
+    if how == "quantized":
+        return (values * weight * 10).round().sum(1) / 10
     if how == "pareto":
         beaten = dominated(values * weight.sign(), group_size)
         return (values * weight).sum(1).masked_fill(beaten, math.nan)

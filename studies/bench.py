@@ -30,6 +30,7 @@ from transformers import DynamicCache, JanusForConditionalGeneration
 
 import generate
 import grpo
+import rewards as reward_lib
 from evaluation.tables import markdown
 from training import checks
 from training.files import ROOT
@@ -240,7 +241,7 @@ def step_table(pictures, repeats):
     checks.fill_presets(cfg)
     rows, G = load_prompts(cfg.prompts), cfg.num_generations
     jobs = [(i, k) for i in range(pictures // G) for k in range(G)]
-    rewards = grpo.load_rewards(cfg, {"hps": 1.0, "artifact": 1.0}, [], rows)
+    rewards = reward_lib.load_all(cfg, {"hps": 1.0, "artifact": 1.0}, [], rows)
     contenders = {}
     for name, step in (("ours", our_step), ("plain", plain_step)):
         policy, reference = grpo.load_policies(cfg)

@@ -60,7 +60,7 @@ def first_step(cfg):
     weights, heldout = reward_lib.check_roles(cfg.rewards, cfg.eval_rewards, cfg.combine)
     rows, _ = checks.check_flags(cfg, len(weights), 1)
     policy, reference = grpo.load_policies(cfg)
-    rewards = grpo.load_rewards(cfg, weights, heldout, rows)
+    rewards = reward_lib.load_all(cfg, weights, heldout, rows)
     optimizer = grpo.make_optimizer(policy, cfg)
     rollouts = grpo.rollout(policy, rows, jobs_of_step(rows, 0, cfg), 0, cfg)
     old_NS = grpo.all_logprobs(policy, rollouts, cfg)

@@ -306,12 +306,24 @@ Z_B = [0.1 / 0.115570, 0.1 / 0.115570, -0.1 / 0.115570, -0.1 / 0.115570]
         ("uwo", [(a + b) / 2 - (a - b) ** 2 / 8 for a, b in zip(Z_A, Z_B)]),
         # (0, .3) is dominated by (1, .3), and (1, .1) by both (1, .3) and (2, .1)
         ("pareto", [NAN, 1.6, 2.2, NAN]),
+        (
+            "winrate",
+            [(0 + 2 * 2.5) / 3, (1.5 + 2 * 2.5) / 3, (3 + 2 * 0.5) / 3, (1.5 + 2 * 0.5) / 3],
+        ),
+        ("quantized", [0.6, 1.6, 2.2, 1.2]),
         ("constrained", [3.0, 4.0, 3.0, 2.0]),  # a + 10 b
     ],
 )
 def test_rewards_are_combined_as_written(how, expected):
     got = rewards.combine(SCORES, WEIGHTS, 4, how, {"b": 10.0})
     assert got.tolist() == pytest.approx(expected, abs=1e-4, nan_ok=True)
+
+
+def test_quantized_rewards_are_rounded_to_tenths_each_with_its_weight():
+    scores = {"a": tensor(0.04, 0.06, NAN, -0.26), "b": tensor(0.5, 0.5, 0.5, 0.52)}
+    got = rewards.combine(scores, {"a": 1.0, "b": 0.1}, 4, "quantized")
+    expected = [0.0, 0.1, NAN, -0.2]  # .05 is rounded to 0 (to even), .052 to .1
+    assert got.tolist() == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
 def test_without_a_choice_the_rewards_are_added():
@@ -357,7 +369,7 @@ def test_one_score_in_a_group_is_no_comparison():
 
 def test_a_failed_score_makes_the_total_nan_and_leaves_the_others_alone():
     broken = {"a": tensor(0.0, NAN, 2.0, 1.0), "b": B}
-    for how in ("sum", "normalized", "mean", "min", "uwo"):
+    for how in ("sum", "normalized", "mean", "min", "uwo", "winrate", "quantized"):
         got = rewards.combine(broken, WEIGHTS, 4, how)
         assert got.isnan().tolist() == [False, True, False, False]
     z = rewards.standardize(broken["a"][:, None], 4)[:, 0]  # 0, 2, 1: mean 1, deviation 1

@@ -4,11 +4,12 @@ Read next: run_folder.py
 """
 
 import math
-from dataclasses import asdict
 
+from training import cures
 from training.files import ROOT, usage_error
 from training.processes import rank, world_size
 from training.prompts import load_prompts
+from training.run_folder import flags_of
 from training.trackers import check_installed
 
 # What "[tiny: ...; else ...; t2i-r1: ...]" stands for in grpo.py's flags.
@@ -42,7 +43,8 @@ POSITIVE = (
 ).split()
 
 NOT_NEGATIVE = (
-    "beta epsilon epsilon_high cfg_weight max_failures lora_rank best_of world_size adversary_steps"
+    "beta epsilon epsilon_high cfg_weight max_failures lora_rank best_of world_size "
+    "adversary_steps cures.gradient_penalty cures.reference_steps cures.data_weight"
 ).split()
 
 
@@ -69,7 +71,7 @@ def check_numbers(cfg):
         if not getattr(cfg, name) > 0:
             flag = name.replace("_", "-")
             usage_error(f"--{flag} {getattr(cfg, name)}: must be greater than 0")
-    for name, value in asdict(cfg).items():
+    for name, value in flags_of(cfg).items():
         flag = name.replace("_", "-")
         if isinstance(value, float) and not math.isfinite(value):
             usage_error(f"--{flag} {value}: must be a number")
@@ -91,6 +93,7 @@ def check_numbers(cfg):
 def check_flags(cfg, num_rewards, processes):
     """Refuse what cannot work; returns (training prompts, test prompts), lists of rows."""
     check_numbers(cfg)
+    cures.check(cfg)
     check_installed(cfg.report_to)
     if cfg.num_generations < 2:
         usage_error(

@@ -64,10 +64,11 @@ def count_parameters(config, lora_rank):
 
 
 def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lora_rank,
-         checkpointing, rewards=0.0, prompt=80):  # fmt: skip
+         checkpointing, rewards=0.0, copies=0, prompt=80):  # fmt: skip
     """(counts, gigabytes), two dicts: what -> number. GB are those of one GPU.
 
-    pictures: sampled at a time on one GPU. thought, prompt: tokens. rewards: GB of their models."""
+    pictures: sampled at a time on one GPU. thought, prompt: tokens. rewards: GB of their models.
+    copies: of the trained weights, kept by cures."""
     total, trained, vq = count_parameters(config, lora_rank)
     frozen = total if lora_rank else total - trained
     llama, T = config.text_config, config.vq_config.num_patches**2
@@ -93,6 +94,7 @@ def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lo
         "reference policy: 2 bytes": 0 if lora_rank else 2 * total / share,
         "autocast's copies: 2 bytes for each trained parameter": 0 if sharded else 2 * trained,
         "reward models in this process": rewards * 1e9,
+        "copies for --cures: 4 bytes for each trained parameter": 4 * trained * copies,
     }
     rollout = {
         "rollout: gathered weights, in tests also the reference's": sharded * 4 * (total - vq),
@@ -133,7 +135,7 @@ def plan_of(cfg, world_size, rewards):
     rollouts = rollouts_of(cfg, world_size)
     return plan(config, world_size, min(cfg.rollout_batch, rollouts),
         min(cfg.micro_batch, rollouts), guided, cfg.max_thought * cfg.cot, cfg.shard, cfg.lora_rank,
-        cfg.gradient_checkpointing, rewards)  # fmt: skip
+        cfg.gradient_checkpointing, rewards, cfg.cures.copies())  # fmt: skip
 
 
 def rollouts_of(cfg, world_size):

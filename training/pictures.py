@@ -59,15 +59,20 @@ def cut_sheet(path, n):
     return [sheet.crop((x, y, x + width, y + height)) for x, y in corners]
 
 
-def diversity(images, group_size):
-    """Mean distance between two pictures of a group: one number in [0, 1] for each group.
-
-    Root mean square over the pixels at 32 x 32. It is 0 if the policy draws one picture for all."""
+def distances(images, group_size):
+    """(groups, G, G) in [0, 1]: the distance between each two pictures of a group, as root mean
+    square over the pixels at 32 x 32."""
     small = [np.asarray(to_rgb(image).resize((32, 32)), np.float32) for image in images]
     groups = torch.tensor(np.stack(small)) / 255
     groups = groups.view(len(images) // group_size, group_size, -1)
-    distances = torch.cdist(groups, groups) / groups.shape[-1] ** 0.5
-    return (distances.sum((1, 2)) / (group_size * (group_size - 1))).tolist()
+    return torch.cdist(groups, groups) / groups.shape[-1] ** 0.5
+
+
+def diversity(images, group_size):
+    """Mean distance between two pictures of a group: one number in [0, 1] for each group. It is 0
+    if the policy draws one picture for all."""
+    sums = distances(images, group_size).sum((1, 2))
+    return (sums / (group_size * (group_size - 1))).tolist()
 
 
 # --- a folder of pictures, in GenEval's layout --------------------------------------------------

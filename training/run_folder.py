@@ -143,7 +143,7 @@ def check_same_run(folder, cfg):
     if not (folder / "config.json").is_file():
         return
     then = read_json(folder / "config.json")["flags"]
-    now = json.loads(json.dumps(asdict(cfg)))
+    now = json.loads(json.dumps(flags_of(cfg)))
     for name in sorted(then.keys() - MAY_DIFFER):
         if then[name] != now.get(name):
             usage_error(
@@ -201,7 +201,8 @@ def begin_log(folder, start, cfg, rewards):
 
 def flags_of(cfg):
     """The flags as they may be written down: without passwords."""
-    return asdict(cfg) | {"judge_url": [without_password(url) for url in cfg.judge_url]}
+    flags = asdict(cfg) | {"judge_url": [without_password(url) for url in cfg.judge_url]}
+    return flags | {f"cures.{name}": value for name, value in flags.pop("cures").items()}
 
 
 def inputs_of(cfg, rewards):
@@ -228,10 +229,11 @@ def check_same_inputs(folder, inputs):
 
 
 class Run:
-    """What a checkpoint holds: the policy, the optimizer, the rewards that learn, the counters."""
+    """What a checkpoint holds: the policy, the optimizer, the rewards that learn, the cures' copies
+    of the weights, the counters."""
 
-    def __init__(self, folder, policy, rewards, optimizer, keep):
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder, policy, rewards, optimizer, cure, keep):
+        self.folder, self.cure, self.keep = folder, cure, keep
         self.policy, self.rewards, self.optimizer = policy, rewards, optimizer
         self.step = 0  # the next one
         self.skipped = 0  # steps in a row that were not taken
@@ -255,6 +257,8 @@ class Run:
         load_optimizer_state(self.policy, self.optimizer, load("optimizer"))
         for name, reward in self.rewards.adversaries.items():
             reward.load_state_dict(load(name))
+        for name, copy in self.cure.copies.items():
+            torch._foreach_copy_(copy, load(name))
         state = json.loads((checkpoint / "state.json").read_text())
         self.step, self.skipped = state["step"], state["skipped"]
         self.rewards.multipliers = state["multipliers"]
@@ -267,6 +271,7 @@ class Run:
         weights = full_model_state(self.policy)
         tensors = {"optimizer": full_optimizer_state(self.policy, self.optimizer)}
         tensors |= {name: r.state_dict() for name, r in self.rewards.adversaries.items()}
+        tensors |= self.cure.copies
         final = self.folder / "checkpoints" / f"step-{self.step:06d}"
         if rank() == 0:
             partial = final.with_name(f".{final.name}.partial")
@@ -296,6 +301,9 @@ class Run:
         if self.policy.adapter:  # in a folder of its own: from_pretrained would add it again
             # Embeddings are not trained. Left to itself, peft would ask the hub whether they are.
             self.policy.adapter.save_pretrained(folder / "lora", save_embedding_layers=False)
+        if "average" in self.cure.copies:
+            with self.cure.tested(self.policy):
+                self.policy.save(folder / "average")
         for name, value in tensors.items():
             torch.save(value, folder / f"{name}.pt")
         (folder / "README.md").write_text(model_card(self.folder, self.step))

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 
 import torch
+from tqdm import tqdm
 
 from training.processes import end_processes, gather, rank, world_size
 from training.records import mean
@@ -98,6 +99,25 @@ def rescued(save):
             give_up(reason, 3, save())
         print(reason, file=sys.stderr)  # the other processes are in the middle of the step
         end_processes(3)
+
+
+def in_batches(function, items, size):
+    """[function(items[:size]), function(items[size : 2 * size]), ...]. A batch that does not fit
+    into memory is tried once more in two halves: a rollout is the same in any batch."""
+    results = []
+    for batch in (items[i : i + size] for i in range(0, len(items), size)):
+        try:
+            results.append(function(batch))
+            continue
+        except torch.OutOfMemoryError:
+            if len(batch) < 2:
+                raise
+        # Outside of `except`, so that the exception no longer holds the memory.
+        torch.cuda.empty_cache()
+        message = f"out of memory with {len(batch)} rollouts at a time: trying half as many"
+        tqdm.write(message, file=sys.stderr)
+        results += map(function, (batch[: len(batch) // 2], batch[len(batch) // 2 :]))
+    return results
 
 
 def stop_if_wrong(metrics, skipped, save):

@@ -1,0 +1,281 @@
+"""The cures of training/cures.py: each formula against a case worked out by hand, and a run with
+all of them, killed and resumed."""
+
+import copy
+import math
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from conftest import picture
+
+import generate
+import grpo
+from adversarial_reward import References
+from training import cures
+from training.cures import Cure, Cures
+from training.policy import trainable
+from training.prompts import load_prompts
+from training.records import read_jsonl
+
+NAN = math.nan
+PROMPTS = ["a red circle", "a yellow star above a purple square"]
+
+
+def tensor(*values):
+    return torch.tensor(values)
+
+
+@pytest.fixture(scope="module")
+def rollouts(policy):
+    prompts = [PROMPTS[0]] * 4 + [PROMPTS[1]] * 4
+    return generate.sample(policy, prompts, [(3, 0, n // 4, n % 4) for n in range(8)])
+
+
+def update(policy, rollouts, advantages, cfg, lr=0.0, **options):
+    """One update of a copy by plain gradient descent: (policy, metrics)."""
+    trained = copy.deepcopy(policy)
+    optimizer = torch.optim.SGD(trainable(trained), lr=lr)
+    reference_NS = grpo.all_logprobs(policy, rollouts, cfg)
+    parts = (trained, reference_NS, optimizer, rollouts, advantages, cfg)
+    return trained, grpo.update_policy(*parts, **options)
+
+
+# --- flat optima --------------------------------------------------------------------------------
+
+
+def test_the_flattened_gradient_is_that_of_the_loss_and_half_its_squared_norm():
+    """L = x^T H x / 2 has the gradient g = H x, and gamma/2 |H x|^2 the gradient gamma H H x."""
+    H = tensor([2.0, 1.0], [1.0, 3.0])
+    x, unused = torch.nn.Parameter(tensor(1.0, -2.0)), torch.nn.Parameter(tensor(5.0))
+
+    def recompute():
+        x.grad = None
+        (x @ H @ x / 2).backward()
+
+    recompute()
+    g = x.grad.clone()
+    cures.flatten_gradient([x, unused], recompute, gamma=0.3)
+    assert torch.allclose(x.grad, g + 0.3 * H @ g, atol=2e-3)
+    assert x.tolist() == [1.0, -2.0] and unused.grad is None
+
+
+def test_an_update_with_a_gradient_penalty_follows_the_definition(policy, rollouts, config):
+    advantages = tensor(1.0, -0.5, 0.25, 0.0, 2.0, -1.0, -2.0, 0.5)
+    plain, _ = update(policy, rollouts, advantages, config(max_grad_norm=1e9), lr=1.0)
+    flags = config(max_grad_norm=1e9, cures=Cures(gradient_penalty=2.0))
+    flat, metrics = update(policy, rollouts, advantages, flags, lr=1.0)
+    steps = [
+        torch.cat([(a - b).flatten() for a, b in zip(trainable(p), trainable(policy))])
+        for p in (plain, flat)
+    ]
+    # -(step) is the gradient g1, and g1 + gamma H g1: their difference again by a finite difference
+    g1, change, epsilon = -steps[0], steps[0] - steps[1], 0.05
+    moved = copy.deepcopy(policy)
+    with torch.no_grad():
+        flattened = torch.split(g1, [p.numel() for p in trainable(moved)])
+        for p, g in zip(trainable(moved), flattened):
+            p.add_(epsilon * g.view_as(p))
+    old = grpo.all_logprobs(policy, rollouts, config())
+    logprobs = generate.logprobs(moved, rollouts)
+    losses = grpo.grpo_loss(logprobs, old, old, advantages, rollouts.mask, 0.02, 0.2, 0.2)
+    (losses.sum() / rollouts.mask.sum()).backward()
+    g2 = torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trainable(moved)]
+    )
+    expected = 2.0 * (g2 - g1) / epsilon
+    assert torch.cosine_similarity(change, expected, 0) > 0.99
+    assert change.norm().item() == pytest.approx(expected.norm().item(), rel=0.1)
+    assert metrics["clip_ratio"] == 0  # counted at the weights themselves
+
+
+# --- GARDO --------------------------------------------------------------------------------------
+
+
+def test_a_win_rate_is_the_share_of_the_others_that_are_beaten():
+    got = cures.win_rates(tensor(3.0, 1.0, 1.0, 0.0, 5.0, NAN, 7.0, 6.0), 4)
+    expected = [1, 1.5 / 3, 1.5 / 3, 0, 0, NAN, 1, 0.5]
+    assert got.tolist() == pytest.approx(expected, nan_ok=True)
+    assert cures.win_rates(tensor(2.0, NAN), 2).tolist() == pytest.approx([0, NAN], nan_ok=True)
+
+
+def test_doubtful_is_what_the_reward_overrates():
+    reward = tensor(4.0, 3.0, 2.0, 1.0, 1.0, 2.0, 3.0, 4.0)
+    judge = tensor(1.0, 3.0, 2.0, 4.0, 1.0, 2.0, 3.0, 4.0)  # the second group: they agree
+    got = cures.doubtful(reward, [judge], 4, share=0.1)
+    assert got.tolist() == [True] + [False] * 7
+    # Two of four: the first, U = 1, and no other, as U must be above 0.
+    assert cures.doubtful(reward, [judge], 4, share=0.5).sum() == 1
+    both = cures.doubtful(reward, [judge, reward], 4, share=0.1)  # on average still the first
+    assert both.tolist() == got.tolist()
+    assert not cures.doubtful(reward, [torch.full((8,), NAN)], 4, share=0.5).any()
+
+
+def test_the_kl_counts_only_for_doubtful_rollouts():
+    cure = Cure(Cures(doubted_by="artifact", doubtful_share=0.25))
+    total, scores = tensor(4.0, 3.0, 2.0, 1.0), {"artifact": tensor(1.0, 3.0, 2.0, 4.0)}
+    assert cure.betas(0.04, total, scores, 4).tolist() == pytest.approx([0.04, 0, 0, 0])
+    assert cures.OFF.betas(0.04, total, scores, 4).tolist() == pytest.approx([0.04] * 4)
+
+
+def test_each_rollout_has_its_own_weight_of_the_kl(policy, rollouts, config):
+    """With beta 0 for all but one group the loss is that of this group's KL alone."""
+    cfg, other = config(), copy.deepcopy(policy)
+    with torch.no_grad():
+        for parameter in trainable(other):
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    reference = grpo.all_logprobs(other, rollouts, cfg)
+    own = grpo.all_logprobs(policy, rollouts, cfg)
+    k3 = torch.where(rollouts.mask, grpo.kl_k3(own, reference), 0.0).sum(1)
+    optimizer = torch.optim.SGD(trainable(copy.deepcopy(policy)), lr=0.0)
+    parts = (policy, reference, optimizer, rollouts, torch.zeros(8), cfg)
+    betas = tensor(0.0, 0, 3.0, 0, 0, 0, 0, 1.0)
+    metrics = grpo.update_policy(*parts, betas)
+    expected = (3 * k3[2] + k3[7]) / rollouts.mask.sum()
+    assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_positive_advantage_grows_with_the_distance_to_the_nearest_picture():
+    black, grey, white = picture((0, 0, 0)), picture((102, 102, 102)), picture((255, 255, 255))
+    group = [black, black, grey, white]  # nearest: 0, 0, .4, .6; their mean is .25
+    got = cures.spread(tensor(1.0, -1.0, 1.0, 2.0), group, 4)
+    assert got.tolist() == pytest.approx([0, -1, 1.6, 4.8], abs=1e-4)
+    same = cures.spread(tensor(1.0, -1.0, 0.0, 0.0), [black] * 4, 4)
+    assert same.tolist() == [0, -1, 0, 0]
+    assert cures.OFF.advantages(tensor(1.0), None, 1).tolist() == [1.0]
+
+
+def test_the_reference_moves_to_the_policy_every_so_many_steps(policy):
+    trained = copy.deepcopy(policy)
+    cure = Cure(Cures(reference_steps=2), trained)
+    first = trainable(policy)[0].detach().clone()
+    for step in (1, 2, 3):
+        with torch.no_grad():
+            trainable(trained)[0].add_(1.0)
+        cure.after_step(trained, step)
+        with cure.reference(trained, policy) as original:
+            moved = trainable(original)[0] - first
+            assert moved.mean().item() == pytest.approx(0.0 if step < 2 else 2.0, abs=1e-4)
+        assert (trainable(trained)[0] - first).mean().item() == pytest.approx(step, abs=1e-4)
+    with cures.OFF.reference(trained, policy) as original:
+        assert original is policy
+
+
+# --- average of the weights ---------------------------------------------------------------------
+
+
+def test_the_averaged_weights_are_tested_and_the_others_trained(policy):
+    trained = copy.deepcopy(policy)
+    cure, first = Cure(Cures(average=0.75), trained), trainable(policy)[0].detach().clone()
+    for step, expected in ((1, 0.25), (2, 0.75 * 0.25 + 0.25 * 2)):
+        with torch.no_grad():
+            trainable(trained)[0].add_(1.0)
+        cure.after_step(trained, step)
+        with cure.tested(trained):
+            moved = (trainable(trained)[0] - first).mean().item()
+        assert moved == pytest.approx(expected, abs=1e-4)
+        assert (trainable(trained)[0] - first).mean().item() == pytest.approx(step, abs=1e-4)
+    with pytest.raises(KeyError), cure.tested(trained):  # also after an error
+        raise KeyError
+    assert (trainable(trained)[0] - first).mean().item() == pytest.approx(2, abs=1e-4)
+
+
+# --- the data anchor ----------------------------------------------------------------------------
+
+
+def test_a_drawn_picture_is_encoded_so_that_it_is_drawn_again(policy):
+    references = References(None)
+    drawn = [references.choose(prompt, random.Random(0)) for prompt in PROMPTS]
+    ids = cures.encode(policy, drawn)
+    assert ids.shape == (2, 64)
+    for picture_, again in zip(drawn, generate.to_images(policy, ids)):
+        pixels = [np.asarray(image).astype(float) for image in (picture_, again)]
+        assert np.abs(pixels[0] - pixels[1]).mean() < 8  # of 255
+    # The length of a code means nothing, as for the decoder.
+    scaled = copy.deepcopy(policy)
+    with torch.no_grad():
+        codes = scaled.model.model.vqmodel.quantize.embedding.weight
+        codes.mul_(torch.rand(len(codes), 1) + 0.1)
+    assert torch.equal(cures.encode(scaled, drawn), ids)
+
+
+def test_reference_pictures_take_the_place_of_sampled_ones(policy, rollouts, config):
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    cure = Cure(Cures(data_weight=0.5), policy, References(None), 7, rows)
+    data = cure.data(policy, rollouts, 4, step=0)
+    assert data.prompts == PROMPTS and data.thoughts == [rollouts.thoughts[i] for i in (0, 4)]
+    assert torch.equal(data.image_ids, cures.encode(policy, data.images))
+    assert cures.OFF.data(policy, rollouts, 4, step=0) is None
+    again, other = (cure.data(policy, rollouts, 4, step) for step in (0, 1))
+    assert torch.equal(again.image_ids, data.image_ids)
+    assert not torch.equal(other.image_ids, data.image_ids)
+    # The loss is -.5 of the mean log-probability, per token and prompt, and falls.
+    cfg = config(cures=cure.flags, prompts_per_step=2, beta=0.0)
+    likelihood = lambda p: grpo.all_logprobs(p, data, cfg)[:, -64:].mean().item()
+    trained, metrics = update(policy, rollouts, torch.zeros(8), cfg, lr=0.1, data=data)
+    assert metrics["loss"] == pytest.approx(-0.5 * likelihood(policy), rel=1e-4)
+    assert likelihood(trained) > likelihood(policy) + 1e-3
+
+
+def test_a_prompt_without_references_is_refused_at_the_start(policy, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        Cure(Cures(data_weight=1.0), policy, References(None), 0, [{"prompt": "a dog"}])
+    assert "--references" in capsys.readouterr().err
+
+
+# --- a whole run --------------------------------------------------------------------------------
+
+SMALL = (
+    "--rewards hps --eval-rewards artifact,gold --num-generations 2 --prompts-per-step 2 "
+    "--eval-images 4 --best-of 0 --eval-steps 2 --save-steps 2 --max-steps 4 --max-thought 40 "
+    "--learning-rate 1e-3 --warmup-ratio 0 --device cpu --cures.gradient-penalty 1 "
+    "--cures.doubted-by artifact --cures.reference-steps 3 --cures.spread "
+    "--cures.data-weight .1 --cures.average .5 --run-name cured"
+).split()
+
+
+def test_a_run_with_all_cures_resumes_as_if_nothing_had_happened(tmp_path):
+    def run(place, *more):
+        flags = [*SMALL, "--output-dir", str(tmp_path / place), *more]
+        grpo.main(tyro.cli(grpo.Config, args=flags))
+        lines = read_jsonl(tmp_path / place / "cured/metrics.jsonl")
+        steps = [{k: v for k, v in s.items() if not k.startswith("seconds/")} for s in lines]
+        return steps, read_jsonl(tmp_path / place / "cured/test.jsonl")
+
+    whole = run("whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed/cured/checkpoints/step-000004")
+    assert run("killed", "--resume", "latest") == whole
+    # The averaged policy that was tested is one that generate.py opens.
+    averaged = tmp_path / "whole/cured/checkpoints/step-000004/average"
+    opened, last = generate.load_policy(str(averaged)), generate.load_policy(str(averaged.parent))
+    assert not torch.equal(trainable(opened)[0], trainable(last)[0])
+    rows = load_prompts(grpo.checks.PRESETS["tiny"]["test_prompts"])
+    rollouts = generate.sample(
+        opened, [row["prompt"] for row in rows[:4]], [(42, -1, i, 0) for i in range(4)],
+        max_thought=40,
+    )  # fmt: skip
+    gold = grpo.reward_lib.load("gold")(rollouts.prompts, rollouts.images, rows[:4])
+    assert gold.mean().item() == pytest.approx(whole[1][-1]["gold"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags, rule",
+    [
+        ("--cures.gradient-penalty -1", "0 or greater"),
+        ("--cures.data-weight nan", "must be a number"),
+        ("--cures.average 1", "from 0 to below 1"),
+        ("--cures.doubtful-share 0", "above 0"),
+        ("--cures.doubted-by hps --rewards hps", "name it in --eval-rewards"),
+        ("--cures.average .9 --lora-rank 2", "not with --lora-rank"),
+        ("--cures.reference-steps 2 --shard --world-size 2 --dry-run", "--shard: not with"),
+        ("--cures.data-weight 1 --model some/Janus", "needs --references"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags, rule, capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        grpo.main(tyro.cli(grpo.Config, args=[*flags.split(), "--output-dir", str(tmp_path)]))
+    assert rule in capsys.readouterr().err

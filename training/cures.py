@@ -1,0 +1,224 @@
+"""Cures of 2025 and 2026, to be compared with the judge: each is off unless a flag asks for it.
+
+Each changes one place of the loop in grpo.py and leaves the rest alone:
+
+    flat optima       arXiv:2602.18037   the gradient of L + gamma/2 |grad L|^2   flatten_gradient
+    GARDO             arXiv:2512.24138   KL only where the reward is doubtful     doubtful
+                                         the reference policy moves               Cure.reference
+                                         pictures unlike the others count more    spread
+    data anchor       arXiv:2512.04332   likelihood of reference pictures         Cure.data
+                      (DDRL)             instead of a KL
+    weight average    Polyak averaging   the averaged policy is tested            Cure.tested
+
+Two others are ways to combine rewards: `winrate` and `quantized` in rewards.combine.
+
+Read next: studies/contest.py, which measures them
+"""
+
+import contextlib
+import random
+import re
+from dataclasses import dataclass, replace
+
+import torch
+
+from training.files import usage_error
+from training.pictures import distances
+from training.policy import trainable
+from training.sharding import as_reference
+
+# Shapes:  N rollouts, G in a group   T tokens of a picture
+
+
+@dataclass
+class Cures:
+    """Flags; the defaults are off."""
+
+    gradient_penalty: float = 0.0  # gamma: prefer flat optima; twice the time of an update
+    doubted_by: str = ""  # GARDO: held-out rewards; the KL counts only where they disagree
+    doubtful_share: float = 0.1  # GARDO: share of each group whose KL counts
+    reference_steps: int = 0  # GARDO: every so many steps the policy becomes the reference
+    spread: bool = False  # GARDO: positive advantages times the distance to the nearest picture
+    data_weight: float = 0.0  # likelihood of reference pictures (--references) in the loss
+    average: float = 0.0  # decay of an average of the weights, which is tested: .95
+
+    def copies(self):
+        """How many copies of the trained weights are in memory."""
+        return bool(self.reference_steps) + bool(self.average) + 2 * bool(self.gradient_penalty)
+
+
+def check(cfg):
+    """Refuse flags of grpo.py that do not go together."""
+    flags = cfg.cures
+    heldout = [re.split("[@:]", part.strip())[0] for part in cfg.eval_rewards.split(",")]
+    for name in filter(None, flags.doubted_by.split(",")):
+        if name not in heldout:
+            usage_error(f"--cures.doubted-by {name}: name it in --eval-rewards, too")
+    if not 0 < flags.doubtful_share <= 1:
+        usage_error(f"--cures.doubtful-share {flags.doubtful_share}: a share, above 0, up to 1")
+    if not 0 <= flags.average < 1:
+        usage_error(f"--cures.average {flags.average}: a decay, from 0 to below 1")
+    if flags.copies() and cfg.shard:
+        usage_error("--shard: not with --cures that keep copies of the weights")
+    if flags.average and cfg.lora_rank:
+        usage_error("--cures.average: not with --lora-rank; it would average A and B, not B A")
+    if flags.data_weight and not cfg.references and cfg.model != "tiny":
+        usage_error("--cures.data-weight: needs --references, pictures of the training prompts")
+
+
+# --- the mathematics ----------------------------------------------------------------------------
+
+
+def flatten_gradient(parameters, recompute, gamma, radius=1e-3):
+    """Gradient regularisation (arXiv:2602.18037): turn g1 = grad L, which the parameters hold, into
+    the gradient of L + gamma/2 |grad L|^2. Its second part is gamma H g1, with the Hessian H; a
+    finite difference needs no H:
+
+        g2 = grad L(theta + radius g1),    g = g1 + gamma / radius (g2 - g1)
+
+    A reward is most easily hacked where a small step changes much. recompute() replaces the
+    gradients by those at the present weights. radius: theirs."""
+    parameters = [p for p in parameters if p.grad is not None]
+    weights = [p.detach().clone() for p in parameters]
+    first = [p.grad.clone() for p in parameters]
+    with torch.no_grad():
+        for p, g in zip(parameters, first):
+            p.add_(g, alpha=radius)
+    recompute()
+    with torch.no_grad():
+        for p, weight, g in zip(parameters, weights, first):
+            p.copy_(weight)  # exactly: subtracting would round
+            p.grad.sub_(g).mul_(gamma / radius).add_(g)
+
+
+def win_rates(values_N, group_size):
+    """Share of the others of its group that each rollout beats; a tie counts half. (N,) in [0, 1];
+    NaN where the value is NaN, and the others are not compared with it."""
+    groups = values_N.view(-1, group_size)
+    a, b = groups[:, :, None], groups[:, None]
+    known = groups.isfinite()
+    others = (known.sum(1, keepdim=True) - 1).clamp(min=1)
+    # Each ties with itself: minus .5.
+    wins = ((a > b).float() + 0.5 * (a == b).float()).sum(2) - 0.5
+    return torch.where(known, wins / others, torch.nan).view(-1)
+
+
+def doubtful(total_N, auxiliary, group_size, share):
+    """(N,) bool: the rollouts that the reward puts highest above where other rewards put them
+    (GARDO, Eq. 7):  U_i = win rate by the reward - mean win rate by the auxiliary rewards.
+
+    share of each group, at least one, and only with U > 0. The released code ranks in descending
+    order and subtracts the other way round (train_sd3_grpo_gardo.py:827): it picks what the reward
+    *under*rates. We follow the paper, with a fixed share (theirs moves slowly around .1)."""
+    others = torch.stack([win_rates(values, group_size) for values in auxiliary]).nanmean(0)
+    gap = (win_rates(total_N, group_size) - others).nan_to_num(-1).view(-1, group_size)
+    count = max(1, round(share * group_size))
+    chosen = torch.zeros_like(gap).scatter(1, gap.topk(count, dim=1).indices, 1.0)
+    return ((chosen > 0) & (gap > 0)).view(-1)
+
+
+def spread(advantages_N, images, group_size):
+    """GARDO's diversity (Eq. 8): a positive advantage times the distance to the nearest picture of
+    the group, so that one picture drawn eight times earns nothing. The distance is divided by its
+    mean over the group, as released, so that beta keeps its meaning. (Theirs is between DINO
+    features; ours is between pixels, as for the metric `diversity`.)"""
+    apart = distances(images, group_size)
+    nearest = apart.masked_fill(torch.eye(group_size, dtype=torch.bool), torch.inf).amin(2)
+    factor = nearest / nearest.mean(1, keepdim=True).clamp(min=1e-8)
+    factor = factor.view(-1).to(advantages_N.device)
+    return torch.where(advantages_N > 0, advantages_N * factor, advantages_N)
+
+
+@torch.no_grad()
+def encode(policy, images):
+    """Pictures -> their image tokens (N, T): for each patch the code with the largest cosine,
+    because the decoder scales codes to length 1. (transformers' own `encode` compares without
+    scaling, and finds other codes.)"""
+    pixels = policy.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    vq = policy.model.model.vqmodel
+    with torch.autocast(policy.device.type, enabled=False):
+        z = vq.quant_conv(vq.encoder(pixels.to(policy.device, torch.float32)))
+        z = torch.nn.functional.normalize(z, dim=1).flatten(2).transpose(1, 2)
+        codes = torch.nn.functional.normalize(vq.quantize.embedding.weight, dim=1)
+        return (z @ codes.T).argmax(-1)
+
+
+# --- in the loop --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def exchange(policy, weights):
+    """Put these weights into the policy, and the policy's into their place. By value: a recorded
+    CUDA graph knows addresses."""
+    for parameter, weight in zip(trainable(policy), weights):
+        old = parameter.detach().clone()
+        parameter.copy_(weight)
+        weight.copy_(old)
+
+
+@contextlib.contextmanager
+def exchanged(policy, weights):
+    exchange(policy, weights)
+    try:
+        yield policy
+    finally:
+        exchange(policy, weights)
+
+
+class Cure:
+    """The cures of a run, and the copies of the weights that some of them keep."""
+
+    def __init__(self, flags=None, policy=None, references=None, seed=0, rows=()):
+        self.flags, self.references, self.seed = flags or Cures(), references, seed
+        if self.flags.data_weight:
+            references.check([row["prompt"] for row in rows])
+        self.copies = {}  # name -> a tensor for each trained parameter; part of each checkpoint
+        kept = {"reference": self.flags.reference_steps, "average": self.flags.average}
+        for name in (name for name, wanted in kept.items() if wanted):
+            self.copies[name] = [p.detach().clone() for p in trainable(policy)]
+
+    def reference(self, policy, reference):
+        """A context: the policy that the KL of an update is measured from."""
+        if "reference" in self.copies:
+            return exchanged(policy, self.copies["reference"])
+        return as_reference(policy, reference)
+
+    def tested(self, policy):
+        """A context in which the policy has the weights that are tested: averaged ones, if any."""
+        averaged = self.copies.get("average")
+        return exchanged(policy, averaged) if averaged else contextlib.nullcontext()
+
+    def betas(self, beta, total, scores, group_size):
+        """The weight of the KL, for each rollout (N,)."""
+        names = [name for name in self.flags.doubted_by.split(",") if name]
+        if not names:
+            return torch.full((len(total),), beta)
+        auxiliary = [scores[name] for name in names]
+        return beta * doubtful(total, auxiliary, group_size, self.flags.doubtful_share).float()
+
+    def advantages(self, advantages, images, group_size):
+        return spread(advantages, images, group_size) if self.flags.spread else advantages
+
+    def data(self, policy, rollouts, group_size, step):
+        """Rollouts whose pictures are references: for each prompt the first thought of its group,
+        with a reference picture in place of the sampled one. None if they are not asked for."""
+        if not self.flags.data_weight:
+            return None
+        first, chosen = rollouts[::group_size], []
+        for (_, _, i, _), prompt, own in zip(first.keys, first.prompts, first.images):
+            picture = self.references.choose(prompt, random.Random(f"{self.seed} {step} {i}"))
+            chosen.append(picture or own)  # all references of this prompt are damaged
+        return replace(first, image_ids=encode(policy, chosen), images=chosen)
+
+    @torch.no_grad()
+    def after_step(self, policy, step):
+        """step: how many have been taken."""
+        every = self.flags.reference_steps
+        for weight, p in zip(self.copies.get("average", ()), trainable(policy)):
+            weight.lerp_(p, 1 - self.flags.average)
+        if every and step % every == 0:
+            for weight, p in zip(self.copies["reference"], trainable(policy)):
+                weight.copy_(p)
+
+
+OFF = Cure()
