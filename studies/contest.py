@@ -1,8 +1,8 @@
 """Which cure works? Those that the literature proposes, on the same budget of pictures.
 
 HPS alone is hacked. Papers propose different cures: penalise the distance from the base policy, add
-a second preference model, normalise, select, constrain, add a judge, let the reward learn, imitate
-the best picture, stop early. Here each cure trains the same tiny policy for the same 80 steps of
+a second preference model, normalise, rank, round, select, constrain, add a judge, let the reward
+learn, imitate the best picture, seek flat optima, average the weights, stop early. Here each cure trains the same tiny policy for the same 80 steps of
 128 pictures, from several seeds. Gold, which is held out, measures what became of the pictures:
 
     hps            after - before: the gain of the proxy
@@ -56,6 +56,8 @@ FAMILIES = {  # colours of at least 3:1 on white, told apart by colour-blind rea
     "stop early": "#767676",
     "KL": "#8C5A9E",
     "ensemble": "#B36B00",
+    "transformed": "#8A7000",
+    "flat": "#A0522D",
     "judge": "#0072B2",
     "adversarial": "#00805F",
     "imitation": "#C0392B",
