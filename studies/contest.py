@@ -2,8 +2,9 @@
 
 HPS alone is hacked. Papers propose different cures: penalise the distance from the base policy, add
 a second preference model, normalise, rank, round, select, constrain, add a judge, let the reward
-learn, imitate the best picture, seek flat optima, average the weights, stop early. Here each cure trains the same tiny policy for the same 80 steps of
-128 pictures, from several seeds. Gold, which is held out, measures what became of the pictures:
+learn, imitate the best picture, seek flat optima, average the weights, stop early. Here each cure
+trains the same tiny policy for the same 80 steps of 128 pictures, from several seeds. Gold, which
+is held out, measures what became of the pictures:
 
     hps            after - before: the gain of the proxy
     aligned        change of gold's first factor: does the picture show what the prompt says

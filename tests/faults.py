@@ -46,7 +46,10 @@ FAULTS = {
     32: ("text that is evaluated", ["test_nothing_that_is_read_is_executed"]),
     33: ("a model with code of its own", ["test_nothing_that_is_read_is_executed"]),
     34: ("weights that do not fit", ["test_a_missing_part_is_refused_and_named"]),
-    35: ("a process of two dies", ["test_a_dead_process_ends_the_others"]),
+    35: (
+        "a process of two dies, or their launcher",
+        ["test_a_dead_process_ends_the_others", "test_a_killed_launcher_leaves_no_process"],
+    ),
     36: ("two runs in one folder", ["test_a_signal_ends_with_a_checkpoint_and_a_second_run"]),
     37: ("forking beside CUDA", ["test_nothing_that_is_read_is_executed"]),
     38: ("another judge than before", ["test_a_model_that_is_not", "test_a_resumed_run_has"]),

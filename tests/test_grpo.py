@@ -59,6 +59,12 @@ def finish(process, code=0):
     return out, err
 
 
+def workers(launcher):
+    """The process numbers that a torchrun has started."""
+    found = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True)
+    return [int(number) for number in found.stdout.split()]
+
+
 def wait_for_lines(path, n, process):
     while not (path.exists() and len(path.read_text().splitlines()) >= n):
         assert process.poll() is None, process.communicate()[1][-9000:]
@@ -157,11 +163,12 @@ def test_killed_at_any_moment_a_run_resumes_as_if_nothing_had_happened(
     duration = time.monotonic() - began
     for number in range(10):
         args = [*base, "--output-dir", str(tmp_path / str(number)), "--run-name", "run"]
-        process = start(args, processes, start_new_session=True)
+        process = start(args, processes)
         time.sleep(rng.uniform(0.2, 1) * duration)
-        with contextlib.suppress(ProcessLookupError):  # it was quicker
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        for victim in (process.pid, *workers(process)):
+            with contextlib.suppress(ProcessLookupError):  # it was quicker
+                os.kill(victim, signal.SIGKILL)
+        process.communicate(timeout=240)
         finish(start(args, processes))
         # Before its first checkpoint a run has nothing to resume from: the next takes a new name.
         run = max((tmp_path / str(number)).glob("run*"), key=lambda path: path.name)
@@ -317,11 +324,24 @@ def test_a_dead_process_ends_the_others_and_torchrun_restarts_from_the_checkpoin
     args = [*SMALL, *where, "--resume", "latest", "--max-steps", "5"]
     process = start(args, processes=2, restarts=3)
     wait_for_lines(tmp_path / "mortal/metrics.jsonl", 2, process)
-    pgrep = ["pgrep", "-P", str(process.pid)]
-    children = subprocess.run(pgrep, capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(workers(process)[-1], signal.SIGKILL)
     finish(process)
     assert [line["step"] for line in metrics_of(tmp_path / "mortal")] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("when", ["at the start", "in a step"])
+def test_a_killed_launcher_leaves_no_process(when, tmp_path):
+    """torchrun puts each process into a session of its own, so a kill of its group misses them."""
+    where = ["--output-dir", str(tmp_path), "--run-name", "orphans", "--max-steps", "1000"]
+    process = start([*SMALL, *where], processes=2)
+    if when == "in a step":
+        wait_for_lines(tmp_path / "orphans/metrics.jsonl", 1, process)
+    while len(workers(process)) < 2:
+        time.sleep(0.05)
+    process.kill()
+    _, err = process.communicate(timeout=120)  # until the last of them has closed the pipe
+    assert err.count("torchrun is gone; ending without saving") == 2
+    run_folder.lock(tmp_path / "orphans")
 
 
 def test_a_process_of_a_group_ends_with_its_code_and_runs_what_libraries_registered():

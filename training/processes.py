@@ -8,6 +8,9 @@ import datetime
 import math
 import os
 import sys
+import threading
+import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -35,6 +38,7 @@ def start_processes(device="auto", most=math.inf):
     --nproc-per-node auto starts on 64 cores when a step has 16 prompts."""
     cuda = torch.cuda.is_available() and device in ("auto", "cuda")
     if "RANK" in os.environ and not dist.is_initialized():
+        end_with_launcher()
         number, started = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if number >= most:
             raise SystemExit(0)
@@ -47,6 +51,25 @@ def start_processes(device="auto", most=math.inf):
         dist.init_process_group(backend, rank=number, world_size=size, timeout=patience)
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def end_with_launcher():
+    """If torchrun is killed, end this process at once: it would wait for the others for hours, and
+    keep its GPU and its run folder."""
+    launcher = os.getppid()
+
+    def watch():
+        while os.getppid() == launcher and not orphan:
+            time.sleep(0.5)
+        os.write(2, b"\ntorchrun is gone; ending without saving, go on with --resume latest\n")
+        os._exit(137)  # as of SIGKILL
+
+    # It may be gone already, and then this process is a child of process 1. In a container process
+    # 1 may be torchrun itself.
+    command = Path("/proc/1/cmdline")
+    first = command.read_bytes() if command.exists() else b""
+    orphan = launcher == 1 and b"torch" not in first
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def end_processes(code=0):
