@@ -46,10 +46,11 @@ from evaluation.answers import Answers
 from evaluation.best_arm import SELECT, Race, log_likelihoods
 from evaluation.labels import compare, load_examples, with_intervals
 from evaluation.tables import interval, markdown
-from reward_models.judge import DEFAULT_URL, JudgeUrls, LocalJudge, ServedJudge
+from reward_models.judge import DEFAULT_URL, LocalJudge, ServedJudge
 from tiny_world.questions import ScriptedEditor
 from training.decode import file_digest, open_picture
 from training.files import ROOT, atomic, fingerprint, usage_error
+from training.flags import JudgeUrls
 from training.processes import pick_device
 from training.records import write_jsonl
 

@@ -35,9 +35,10 @@ import tyro
 from PIL import Image, ImageDraw
 
 from evaluation import pages
-from reward_models.judge import DEFAULT_URL, JudgeUrls, LocalJudge, ServedJudge
+from reward_models.judge import DEFAULT_URL, LocalJudge, ServedJudge
 from training.decode import open_picture
 from training.files import ROOT, atomic, usage_error
+from training.flags import JudgeUrls
 from training.processes import pick_device
 
 MIN_SHARE = 0.01  # of yes and no together in the first token; the tiny judge gives them > 0.9999

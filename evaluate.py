@@ -41,9 +41,10 @@ from evaluation.figures import hacking_figure, report_page
 from evaluation.layouts import find_images
 from evaluation.tables import bootstrap, markdown
 from reward_models import guards
-from reward_models.judge import DEFAULT_URL, JudgeUrls, ServedJudge
+from reward_models.judge import DEFAULT_URL, ServedJudge
 from training.decode import file_digest, open_picture
 from training.files import usage_error
+from training.flags import JudgeUrls
 from training.processes import pick_device
 from training.prompts import load_prompts
 from training.records import mean, mean_over_prompts, read_jsonl, write_jsonl

@@ -27,23 +27,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 import tyro
 
-import generate
-import rewards as reward_lib
-from adversarial_reward import References, update_adversaries
-from artifact_reward import JudgeUrls, read_question
-from evaluation.figures import report_page
-from reward_models.image_statistics import image_statistics
-from training import checks, processes, run_folder, sharding, stopping
-from training.cures import OFF, Cure, Cures, flatten_gradient
-from training.log import Log, make_records
-from training.memory_plan import print_plan
-from training.policy import trainable
-from training.prompts import jobs_of_step
-
-# Shapes:  P prompts   N = P*G rollouts   S = C+T tokens of one: C of the thought, T of the picture
+from training.flags import Combine, Cures, JudgeUrls
 
 
 @dataclass
@@ -69,7 +55,7 @@ class Config:
     # or best: imitate the best picture of each group (RAFT, best-of-n fine-tuning)
     advantage: Literal["group", "none", "global", "best"] = "group"
     # several rewards -> one number, see rewards.combine
-    combine: reward_lib.Combine = "sum"
+    combine: Combine = "sum"
     floor: float = 0.7  # combine=constrained: each reward but the first is to stay above this
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 
@@ -103,6 +89,7 @@ class Config:
     cures: Cures = field(default_factory=Cures)  # to compare with: training/cures.py
 
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also log there
+    push_to_hub: str = ""  # upload the trained policy to this repository, user/name
     output_dir: str = "runs"  # run folders go here
     run_name: str | None = None  # name of the run folder [made of model, rewards and seed]
     resume: str = "never"  # "latest", or a run folder: continue from its last checkpoint
@@ -112,6 +99,28 @@ class Config:
     eval_images: int = 540  # pictures of each test
     best_of: int = 16  # measure best-of-n of the base policy up to this n; 0: not at all
 
+
+if __name__ == "__main__":  # before torch is loaded, so that --help and a typo take no time
+    flags = tyro.cli(Config, description=__doc__)
+
+import torch
+
+import generate
+import rewards as reward_lib
+from adversarial_reward import References, update_adversaries
+from artifact_reward import read_question
+from evaluation.figures import report_page
+from reward_models.image_statistics import image_statistics
+from training import checks, processes, run_folder, sharding, stopping
+from training.cures import OFF, Cure, flatten_gradient
+from training.log import Log, make_records
+from training.memory_plan import print_plan
+from training.model_card import push_to_hub
+from training.optimizer import learning_rate, make_optimizer
+from training.policy import trainable
+from training.prompts import jobs_of_step
+
+# Shapes:  P prompts   N = P*G rollouts   S = C+T tokens of one: C of the thought, T of the picture
 
 # --- the mathematics: tensors in, tensors out ---------------------------------------------------
 
@@ -167,14 +176,6 @@ def grpo_loss(logprobs_NS, old_NS, reference_NS, advantages_N, mask_NS, beta, ep
     surrogate = torch.min(ratio * advantage, clipped * advantage)
     loss = -surrogate + beta * kl_k3(logprobs_NS, reference_NS)
     return torch.where(mask_NS, loss, 0.0)
-
-
-def learning_rate(step, cfg):
-    """Linear warm-up: Adam's first steps are of full size, however little it knows. Then linear
-    decay to 0, as T2I-R1: at a constant rate noise keeps moving the policy, which only costs KL."""
-    warmup = int(cfg.warmup_ratio * cfg.max_steps)
-    rising, falling = (step + 1) / (warmup + 1), (cfg.max_steps - step) / (cfg.max_steps - warmup)
-    return cfg.learning_rate * min(rising, falling)
 
 
 def guidance_weights(cfg, policy):
@@ -390,11 +391,6 @@ def load_policies(cfg, checkpoint=None):
     return policy, reference
 
 
-def make_optimizer(policy, cfg):
-    """AdamW without weight decay: the KL penalty already pulls towards the reference policy."""
-    return torch.optim.AdamW(trainable(policy), betas=(0.9, cfg.adam_beta2), weight_decay=0)
-
-
 def main(cfg):
     processes.start_processes(cfg.device, math.inf if cfg.shard else max(1, cfg.prompts_per_step))
     checks.fill_presets(cfg)
@@ -443,8 +439,9 @@ def main(cfg):
             log.pool(best_of_n_pool(policy, reference, rewards, test_rows, cfg))
     if processes.rank() == 0:
         log.end(report_page(folder))
+        push_to_hub(cfg.push_to_hub, run_folder.checkpoints(folder)[-1])
     processes.end_processes()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(flags)

@@ -41,6 +41,7 @@ from reward_models import guards
 from reward_models.clip import HPS, Aesthetic, PickScore
 from reward_models.git import GIT
 from reward_models.grounding_dino import GDino
+from reward_models.hpsv3 import HPSv3
 from reward_models.image_statistics import STATISTICS, Jpeg, Noise
 from reward_models.imagereward import ImageReward
 from reward_models.llava import ORM, Unified
@@ -58,6 +59,7 @@ from training.processes import pick_device
 
 REWARDS = {
     "hps": HPS,
+    "hpsv3": HPSv3,
     "pickscore": PickScore,
     "imagereward": ImageReward,
     "aesthetic": Aesthetic,
@@ -306,11 +308,6 @@ def dominated(values_NK, group_size):
     groups = values_NK.view(-1, group_size, values_NK.shape[-1])
     a, b = groups[:, :, None], groups[:, None]
     return ((b >= a).all(-1) & (b > a).any(-1)).any(2).view(-1)
-
-
-Combine = Literal[
-    "sum", "normalized", "mean", "min", "uwo", "pareto", "winrate", "quantized", "constrained"
-]
 
 
 def combine(scores, weights, group_size, how="sum", multipliers=None):

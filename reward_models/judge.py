@@ -13,11 +13,9 @@ import os
 import sys
 import threading
 import time
-from typing import Annotated
 
 import openai
 import torch
-import tyro
 
 from reward_models.pixels import data_url
 from training import waiting
@@ -25,9 +23,6 @@ from training.decode import BadPicture, to_rgb
 from training.files import usage_error, without_password
 from training.weights import load_model, load_part
 
-# The type of every --judge-url: one address each time it is given. A flag that takes any number
-# would take the files behind it, too.
-JudgeUrls = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 DEFAULT_URL = "http://127.0.0.1:8000/v1"  # where `vllm serve MODEL --port 8000` listens
 TOP = 20  # how many first tokens; servers give at most 20
 NONSENSE = (AttributeError, LookupError, TypeError, ValueError)  # a reply of another form

@@ -7,6 +7,7 @@ import math
 
 from training import cures
 from training.files import ROOT, usage_error
+from training.model_card import check_hub
 from training.processes import rank, world_size
 from training.prompts import load_prompts
 from training.run_folder import flags_of
@@ -95,6 +96,7 @@ def check_flags(cfg, num_rewards, processes):
     check_numbers(cfg)
     cures.check(cfg)
     check_installed(cfg.report_to)
+    check_hub(cfg.push_to_hub)
     if cfg.num_generations < 2:
         usage_error(
             f"--num-generations {cfg.num_generations}: a group of one has no baseline; use 4 or "

@@ -18,33 +18,17 @@ Read next: studies/contest.py, which measures them
 import contextlib
 import random
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from training.files import usage_error
+from training.flags import Cures
 from training.pictures import distances
 from training.policy import trainable
 from training.sharding import as_reference
 
 # Shapes:  N rollouts, G in a group   T tokens of a picture
-
-
-@dataclass
-class Cures:
-    """Flags; the defaults are off."""
-
-    gradient_penalty: float = 0.0  # gamma: prefer flat optima; twice the time of an update
-    doubted_by: str = ""  # GARDO: held-out rewards; the KL counts only where they disagree
-    doubtful_share: float = 0.1  # GARDO: share of each group whose KL counts
-    reference_steps: int = 0  # GARDO: every so many steps the policy becomes the reference
-    spread: bool = False  # GARDO: positive advantages times the distance to the nearest picture
-    data_weight: float = 0.0  # likelihood of reference pictures (--references) in the loss
-    average: float = 0.0  # decay of an average of the weights, which is tested: .95
-
-    def copies(self):
-        """How many copies of the trained weights are in memory."""
-        return bool(self.reference_steps) + bool(self.average) + 2 * bool(self.gradient_penalty)
 
 
 def check(cfg):

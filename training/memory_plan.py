@@ -67,8 +67,7 @@ def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lo
          checkpointing, rewards=0.0, copies=0, prompt=80):  # fmt: skip
     """(counts, gigabytes), two dicts: what -> number. GB are those of one GPU.
 
-    pictures: sampled at a time on one GPU. thought, prompt: tokens. rewards: GB of their models.
-    copies: of the trained weights, kept by cures."""
+    pictures: sampled at a time. thought, prompt: tokens. rewards: GB. copies: for cures."""
     total, trained, vq = count_parameters(config, lora_rank)
     frozen = total if lora_rank else total - trained
     llama, T = config.text_config, config.vq_config.num_patches**2

@@ -6,7 +6,7 @@
                   samples/               the fixed prompts through training
                   checkpoints/step-*/    the policy, for from_pretrained, and what a resume needs
 
-Read next: log.py
+Read next: model_card.py
 """
 
 import fcntl
@@ -25,6 +25,7 @@ import torch
 import transformers
 
 from training.files import atomic, usage_error, without_password
+from training.model_card import model_card
 from training.processes import broadcast, end_processes, gather, rank, world_size
 from training.records import read_json, read_jsonl, write_jsonl
 from training.sharding import full_model_state, full_optimizer_state, load_optimizer_state
@@ -35,7 +36,7 @@ from training.sharding import full_model_state, full_optimizer_state, load_optim
 MAY_DIFFER = set(
     "resume output_dir run_name max_steps save_steps save_total_limit eval_steps best_of judge_url "
     "device max_failures micro_batch rollout_batch cuda_graph shard gradient_checkpointing "
-    "report_to world_size gpu_memory".split()
+    "report_to world_size gpu_memory push_to_hub".split()
 )
 
 
@@ -321,16 +322,3 @@ def keep_on_disk(folder):
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-
-
-def model_card(folder, step):
-    """What this checkpoint is: its command, the roles of the rewards, the last test."""
-    config = read_json(folder / "config.json")
-    flags, last_test = config["flags"], read_jsonl(folder / "test.jsonl")[-1]
-    rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in last_test.items() if "/" not in k)
-    return (
-        f"# {folder.name}, step {step}\n\nTrained from `{flags['model']}` by\n\n"
-        f"    {config['command']}\n\nTrained on `{flags['rewards']}`; held out: "
-        f"`{flags['eval_rewards'] or 'nothing'}`. Last test:\n\n"
-        f"| measured | mean |\n|---|---|\n{rows}\n"
-    )

@@ -1,0 +1,33 @@
+"""Types of flags. Importing them loads no torch, so that `grpo.py --help` is quick.
+
+Read next: checks.py
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+# Of every --judge-url: one address each time it is given. A flag that takes any number would take
+# the files behind it, too.
+JudgeUrls = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+Combine = Literal[  # see rewards.combine
+    "sum", "normalized", "mean", "min", "uwo", "pareto", "winrate", "quantized", "constrained"
+]
+
+
+@dataclass
+class Cures:
+    """--cures.NAME; the defaults are off. What they do: cures.py."""
+
+    gradient_penalty: float = 0.0  # gamma: prefer flat optima; twice the time of an update
+    doubted_by: str = ""  # GARDO: held-out rewards; the KL counts only where they disagree
+    doubtful_share: float = 0.1  # GARDO: share of each group whose KL counts
+    reference_steps: int = 0  # GARDO: every so many steps the policy becomes the reference
+    spread: bool = False  # GARDO: positive advantages times the distance to the nearest picture
+    data_weight: float = 0.0  # likelihood of reference pictures (--references) in the loss
+    average: float = 0.0  # decay of an average of the weights, which is tested: .95
+
+    def copies(self):
+        """How many copies of the trained weights are in memory."""
+        return bool(self.reference_steps) + bool(self.average) + 2 * bool(self.gradient_penalty)
