@@ -27,9 +27,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-import tyro
-
-from training.flags import Combine, Cures, JudgeUrls
+from training.flags import Combine, Cures, JudgeUrls, parse_flags
 
 
 @dataclass
@@ -101,7 +99,7 @@ class Config:
 
 
 if __name__ == "__main__":  # before torch is loaded, so that --help and a typo take no time
-    flags = tyro.cli(Config, description=__doc__)
+    flags = parse_flags(Config, __doc__)
 
 import torch
 

@@ -619,9 +619,11 @@ def test_a_tracker_that_fails_costs_a_line_and_not_the_run(monkeypatch, tmp_path
         log.Log.send(running, 3, {"kl": 0.5}, {})
     assert capsys.readouterr().err.count("ConnectionError('no room'); going on without it") == 1
     wandb.init = fail
-    with pytest.raises(SystemExit) as stop:
-        trackers.start_tracker(cfg, tmp_path)
-    assert stop.value.code == 2 and "does not start (no room)" in capsys.readouterr().err
+    for start in (3, 0):  # a resumed run keeps its folder, a new one leaves none
+        with pytest.raises(SystemExit) as stop:
+            trackers.start_tracker(cfg, tmp_path, start)
+        assert stop.value.code == 2 and "does not start (no room)" in capsys.readouterr().err
+        assert tmp_path.exists() == (start > 0)
 
 
 def test_the_end_of_a_run_sends_its_figures_and_changes(tmp_path):
@@ -697,6 +699,25 @@ def test_bad_usage_is_one_clear_line_before_anything_is_loaded(args, rule, capsy
         grpo.main(tyro.cli(grpo.Config, args=flags))
     assert stop.value.code == 2 and rule in capsys.readouterr().err
     assert not list(tmp_path.rglob("config.json"))
+
+
+@pytest.mark.parametrize("typo, said", [("--rewardz x", "Perhaps you"), ("--beta nan", "--beta")])
+def test_of_several_processes_the_first_says_what_is_wrong(typo, said):
+    _, err = finish(start(typo.split(), processes=2), code=1)
+    ours = err[: err.index("Traceback")]  # torchrun's own comes behind
+    assert err.count(said) == ours.count(said) == 1
+
+
+def test_help_and_a_typo_do_not_load_torch():
+    code = (
+        "import runpy, sys\nsys.argv = ['grpo.py', sys.argv[1]]\n"
+        "try:\n    runpy.run_path('grpo.py', run_name='__main__')\n"
+        "except SystemExit as end:\n    print('code', end.code, 'torch' in sys.modules)"
+    )
+    for flag, ended in (("--help", "code 0 False"), ("--rewardz", "code 2 False")):
+        command = [sys.executable, "-c", code, flag]
+        out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+        assert out.splitlines()[-1] == ended and ("held out" in out) == (flag == "--help")
 
 
 def test_weights_are_kept_where_they_are_used():

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -22,6 +23,8 @@ WRONG = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, er
 
 def usage_error(message):
     """Wrong usage: print one line with the rule, the value and the remedy; exit with code 2."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)  # usually the first process says the same, and torchrun then ends the others
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -1,8 +1,10 @@
-"""Types of flags. Importing them loads no torch, so that `grpo.py --help` is quick.
+"""Types of flags, and their parsing. This loads no torch, so that `grpo.py --help` is quick.
 
 Read next: checks.py
 """
 
+import os
+import time
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -31,3 +33,14 @@ class Cures:
     def copies(self):
         """How many copies of the trained weights are in memory."""
         return bool(self.reference_steps) + bool(self.average) + 2 * bool(self.gradient_penalty)
+
+
+def parse_flags(config, description):
+    """The command line as a config. Of several processes the first one prints; should it fail, the
+    others wait a moment, because torchrun ends all as soon as one has ended."""
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        return tyro.cli(config, description=description, console_outputs=first)
+    except SystemExit:
+        time.sleep(0 if first else 2)
+        raise
