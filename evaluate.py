@@ -16,7 +16,7 @@ Run:   python evaluate.py                                  the newest run: figur
        python evaluate.py --pairs tiny_world/pairs         which reward notices broken pictures?
        python evaluate.py --compare RUN_A RUN_B            paired differences, and the pictures
        python evaluate.py --audit RUN                      alarms of hacking that need no gold
-       python evaluate.py --summarize results.jsonl        result files of GenEval, WISE, DPG
+       python evaluate.py --summarize a.jsonl b.jsonl      result files of GenEval, WISE, DPG
        python evaluate.py --images outputs --prompts wise.json --wise verified --judge-url URL
 
 You should see:  tables in Markdown; HTML pages that open from disk.
@@ -66,7 +66,7 @@ class Config:
     pairs: str = ""  # a folder of pairs with test.jsonl, such as tiny_world/pairs
     compare: tuple[str, str] | None = None  # two run folders, or two score files of --images
     audit: tuple[str, ...] = ()  # run folders: was it hacked? exit code 4 if an alarm goes off
-    summarize: str = ""  # a result file of an official scorer
+    summarize: tuple[str, ...] = ()  # result files of official scorers
     output: str = ""  # file of the scores or of the comparison [beside the pictures; compare.html]
     model: str = "tiny"  # "tiny" for our reward checkpoints, "real" for the published ones
     judge_url: JudgeUrls = ()  # judge server; again for more [tiny: in this process]
@@ -192,21 +192,26 @@ def evaluate_wise(cfg, matched):
     known = read_jsonl(output) if output.is_file() else []
     save = functools.partial(write_jsonl, output)
     save(wise.judge_folder(judge, cfg.wise, matched, known, save))
-    failed = print_summary(output)
+    failed = print_summaries([output])
     print(f"judged by {judge.model}, in our wording; a line for each prompt: {output}")
     sys.exit(3 if failed else 0)
 
 
-def print_summary(path):
-    """An official result file as a table, with published rows; returns the ids without score."""
-    benchmark, columns, failed = official_scores.summarize(path)
-    rows = [{"model": Path(path).name, **columns}]
-    for name, scores in official_scores.published(benchmark).items():
-        rows.append(
-            {"model": f"{name} (published)"} | {c: scores.get(c, math.nan) for c in columns}
-        )
-    print(benchmark)
-    print(markdown(rows))
+def print_summaries(paths):
+    """Official result files as a table for each benchmark, with published rows; returns the ids
+    without score."""
+    tables, failed = {}, []
+    for path in paths:
+        benchmark, columns, without = official_scores.summarize(path)
+        name = Path(path).name if len(paths) == 1 else str(path)
+        tables.setdefault(benchmark, []).append({"model": name, **columns})
+        failed += without
+    for benchmark, rows in tables.items():
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        known = official_scores.published(benchmark)
+        rows += [{"model": f"{model} (published)"} | scores for model, scores in known.items()]
+        print(benchmark)
+        print(markdown([{name: row.get(name, math.nan) for name in names} for row in rows]))
     if failed:
         ids = ", ".join(map(str, failed[:20]))
         print(f"{len(failed)} without a score, in no mean: {ids}", file=sys.stderr)
@@ -302,7 +307,7 @@ def main(cfg):
         print(markdown(rows))
         sys.exit(4 if off else 0)
     elif cfg.summarize:
-        sys.exit(3 if print_summary(cfg.summarize) else 0)
+        sys.exit(3 if print_summaries(cfg.summarize) else 0)
     elif cfg.compare:
         output = Path(cfg.output or "compare.html")
         if len({comparison.seed_of(path) for path in cfg.compare}) > 1:

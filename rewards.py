@@ -404,11 +404,16 @@ def main(cfg):
         example = 'python rewards.py score hps picture.png --prompt "a red star"'
         usage_error(f"name pictures as well: {example}; for a folder: evaluate.py --images")
     refuse_learners([name for name, *_ in parts])
+    reads = [name for name, *_ in parts if "text" in REWARDS[name].needs]
+    if cfg.command == "score" and reads and not cfg.prompt:
+        usage_error(f'{reads[0]} compares the picture with its prompt; give --prompt "a red star"')
     if cfg.command == "serve" and not (cfg.model or cfg.checkpoint):
         usage_error(
             f"serve {cfg.reward}: which weights? --model real (the published ones), --model tiny "
             "(those of the tiny world) or --checkpoint FOLDER"
         )
+    if cfg.command == "serve":  # a taken port is found before the model is loaded
+        serve(parts[0][0], None, cfg.port, cfg.host, cfg.token).server_close()
     checkpoint = cfg.checkpoint or (None if cfg.model == "real" else "tiny")
     device = pick_device("auto")[0]
     loaded = {name: load(name, device, checkpoint, url) for name, _, url in parts}

@@ -43,7 +43,7 @@ import rewards
 from evaluation import alarms, hacking
 from evaluation.tables import interval, markdown
 from training.files import ROOT, atomic, usage_error
-from training.records import mean
+from training.records import mean, read_json
 from training.run_folder import checkpoints
 
 BUDGET = "--eval-steps 10 --save-steps 25 --best-of 0"
@@ -105,12 +105,15 @@ def train(flags, result, facts):
     if not checkpoints(run):  # nothing to resume from
         shutil.rmtree(run, ignore_errors=True)
     script, one_core = str(ROOT / "grpo.py"), os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(run.with_suffix(".log"), "w") as log:
+    screen = run.with_name(f"{run.name}.log")
+    with open(screen, "w") as log:
         done = subprocess.run(
             [sys.executable, script, *flags], stdout=log, stderr=log, env=one_core
         )
     if done.returncode:
-        return f"{result.stem}: ended with {done.returncode}, see {run.with_suffix('.log')}"
+        return f"{result.stem}: ended with {done.returncode}, see {screen}"
+    made = read_json(run / "config.json")
+    facts |= {name: made[name] for name in ("date", "commit", "hardware") if name in made}
     numbers = facts | {"command": shlex.join(["torchrun", "grpo.py", *flags])}
     with atomic(result) as file:
         json.dump(numbers | measure(run), file, indent=1)

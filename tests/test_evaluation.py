@@ -10,8 +10,10 @@ import shutil
 
 import numpy as np
 import pytest
+import tyro
 from PIL import Image
 
+import evaluate
 from evaluation import figures, hacking, official_scores, pages, wise
 from evaluation.tables import bootstrap, markdown
 from training import pictures, waiting
@@ -89,6 +91,24 @@ def test_dpg_and_compbench_results_are_read(tmp_path):
     answers = [{"question_id": 0, "answer": "0.5"}, {"question_id": 1, "answer": "1.0"}]
     (tmp_path / "vqa_result.json").write_text(json.dumps(answers))
     assert official_scores.summarize(tmp_path / "vqa_result.json")[1] == {"overall": 0.75}
+
+
+def test_result_files_of_one_benchmark_share_a_table(tmp_path, capsys):
+    for name, right in (("a", True), ("b", False)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"tag": "colors", "correct": right}])
+    (tmp_path / "dpg.txt").write_text(
+        "L1 category scores:\n\tglobal: 90.5\nL2 category scores:\nDPG-Bench score: 82.5\n"
+    )
+    paths = [str(tmp_path / name) for name in ("a.jsonl", "dpg.txt", "b.jsonl")]
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(tyro.cli(evaluate.Config, args=["--summarize", *paths]))
+    out = capsys.readouterr().out
+    geneval, dpg = out.split("DPG-Bench")
+    assert end.value.code == 0 and "GenEval" in geneval
+    for name, score in (("a", "1.000"), ("b", "0.000")):
+        (row,) = [line for line in geneval.splitlines() if f"{name}.jsonl" in line]
+        assert row.count(score) == 2  # the task, and the mean over tasks
+    assert "82.500" in dpg and "a.jsonl" not in dpg and "published" in dpg
 
 
 def test_another_file_is_no_result_file(tmp_path, capsys):

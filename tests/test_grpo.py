@@ -90,8 +90,10 @@ def test_a_run_leaves_everything_a_person_looks_at(whole_run):
         "checkpoints/step-000004/model.safetensors checkpoints/step-000004/README.md"
     ).split():
         assert (whole_run / name).stat().st_size > 0, name
+    config = json.loads((whole_run / "config.json").read_text())
+    assert all(config[name] for name in ("date", "commit", "hardware", "command", "torch"))
     record = read_jsonl(whole_run / "rollouts/step_000000.jsonl")[0]
-    names = "prompt thought hps artifact gold gold-clean total advantage".split()
+    names = "step prompt thought hps artifact gold gold-clean total advantage".split()
     assert set(names) <= record.keys()
     assert not list(whole_run.rglob("*.partial"))
 

@@ -302,3 +302,13 @@ def test_pair_prompts_of_test_and_train_are_disjoint():
     assert not set(pairs("train")[0]) & set(pairs("test")[0]) and not set(pairs("train")[0]) & set(
         pairs("validation")[0]
     )
+
+
+def test_a_reward_that_reads_the_prompt_needs_one(tmp_path, capsys):
+    picture = str(tmp_path / "picture.png")
+    Image.new("RGB", (32, 32)).save(picture)
+    with pytest.raises(SystemExit, match="2"):
+        rewards.main(rewards.Config("score", "brightness,hps", (picture,)))
+    assert "hps compares the picture with its prompt; give --prompt" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        rewards.main(rewards.Config("score", "brightness,jpeg", (picture,)))

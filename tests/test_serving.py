@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -272,3 +273,13 @@ def test_deqa_is_served_from_its_own_environment(tmp_path):
             assert RemoteReward("deqa", url)(["p"] * 19, images).tolist() == expected
         finally:
             server.kill()
+
+
+def test_a_taken_port_is_found_before_the_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(rewards, "load", lambda *_, **__: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        flags = ["serve", "hps", "--model", "tiny", "--port", port]
+        with pytest.raises(SystemExit, match="2"):
+            rewards.main(tyro.cli(rewards.Config, args=flags))
+    assert f"--port {port}: " in (err := capsys.readouterr().err) and err.count("\n") == 1

@@ -128,7 +128,8 @@ class Log:
             line = {"step": step, **metrics, **self.clock.seconds}
             append_jsonl(self.folder / "metrics.jsonl", line)
             self.send(step, metrics | self.clock.seconds, {})
-            write_jsonl(self.folder / "rollouts" / f"step_{step:06d}.jsonl", records)
+            numbered = [{"step": step} | record for record in records]
+            write_jsonl(self.folder / "rollouts" / f"step_{step:06d}.jsonl", numbered)
             shown = {name: f"{metrics[f'reward/{name}']:.3f}" for name in self.trained}
             shown |= {name: f"{metrics[f'held-out/{name}']:.3f}" for name in self.heldout}
             self.bar.set_postfix(shown | {"kl": f"{metrics['kl']:.2f}"})

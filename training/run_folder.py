@@ -9,6 +9,7 @@
 Read next: model_card.py
 """
 
+import datetime
 import fcntl
 import json
 import os
@@ -16,6 +17,7 @@ import platform
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import zlib
 from dataclasses import asdict
@@ -24,7 +26,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from training.files import atomic, usage_error, without_password
+from training.files import ROOT, atomic, usage_error, without_password
 from training.model_card import model_card
 from training.processes import broadcast, end_processes, gather, rank, world_size
 from training.records import read_json, read_jsonl, write_jsonl
@@ -190,6 +192,7 @@ def begin_log(folder, start, cfg, rewards):
         "flags": flags_of(cfg),
         "inputs": inputs,
         "command": without_password(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+        **provenance(),
         "processes": world_size(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -198,6 +201,19 @@ def begin_log(folder, start, cfg, rewards):
     }
     with atomic(folder / "config.json") as file:
         json.dump(config, file, indent=2)
+
+
+def provenance():
+    """When, with which code and on what: the commit, with "+" if files were changed since."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=10"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):  # no git
+        commit = ""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    cpu = f"{os.cpu_count()} x {platform.processor() or platform.machine()}"
+    date = datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes")
+    return {"date": date, "commit": commit or "unknown", "hardware": gpu or cpu}
 
 
 def flags_of(cfg):
