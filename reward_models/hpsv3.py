@@ -3,8 +3,9 @@
     score = mu, the first output of a small network on the hidden state of one token, <|Reward|>
 
 The token stands behind the picture, a page of instructions and the prompt. (The second output is
-an uncertainty, which the score leaves out.) Scores are about -10 to 15, where HPSv2 has 0.2 to
-0.35: in a plain sum HPSv3 alone would decide. Use `--combine normalized`, or a weight of .03.
+an uncertainty, which the score leaves out.) The means of the authors' twelve models go from -0.2
+(Stable Diffusion 2) to 10.6 (Kolors), where HPSv2 has 0.2 to 0.35: in a plain sum HPSv3 alone would
+decide. Use `--combine normalized`, or a weight of .03.
 
 The instructions are the authors' text. They are read from the authors' package, as text: nothing
 in it is executed. Three files make the checkpoint, in one folder:
@@ -70,7 +71,7 @@ class HPSv3:
     """HPSv3, in this process; 17 GB. It is better served: `rewards.py serve hpsv3`."""
 
     range = (-100.0, 100.0)
-    usual = "-10 to 15"
+    usual = "0 to 11"
     needs = ("text",)
     checkpoint = "MizzenAI/HPSv3"
     gigabytes = 16.6
