@@ -51,7 +51,7 @@ from tiny_world.questions import ScriptedEditor
 from training.decode import file_digest, open_picture
 from training.files import ROOT, atomic, fingerprint, usage_error
 from training.flags import JudgeUrls
-from training.processes import pick_device
+from training.processes import bar, pick_device
 from training.records import write_jsonl
 
 LONGEST = 1200  # characters of a question; a longer one is an essay
@@ -103,7 +103,9 @@ class CachedJudge:
         last = dict(zip(keys, range(len(keys))))
         missing = [i for key, i in last.items() if math.isnan(self.memory.number(key))]
         self.calls += len(missing)
-        for start in range(0, len(missing), 64):  # saved as it goes: a stop loses few answers
+        for start in bar(
+            range(0, len(missing), 64), "judging"
+        ):  # saved as it goes: a stop loses few answers
             batch = missing[start : start + 64]
             images = [self.open(examples[i]) for i in batch]
             for i, score in zip(batch, judge_images(self.judge, question, images)):

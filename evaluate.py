@@ -45,7 +45,7 @@ from reward_models.judge import DEFAULT_URL, ServedJudge
 from training.decode import file_digest, open_picture
 from training.files import usage_error
 from training.flags import JudgeUrls
-from training.processes import pick_device
+from training.processes import bar, pick_device
 from training.prompts import load_prompts
 from training.records import mean, mean_over_prompts, read_jsonl, write_jsonl
 
@@ -247,7 +247,7 @@ def pair_table(rewards, folder):
     """The paper's Table 2 for these rewards, a row each."""
     rows, clean, broken = read_pairs(folder)
     table, prompts = [], [row["prompt"] for row in rows]
-    for name, reward in rewards.items():
+    for name, reward in bar(rewards.items(), "pairs"):
         scores = [
             reward_lib.score_opened({name: reward}, prompts, x, rows)[name] for x in (clean, broken)
         ]

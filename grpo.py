@@ -332,7 +332,7 @@ def evaluate_policy(policy, reference, rewards, rows, cfg):
     jobs = [(j % len(rows), j // len(rows)) for j in range(cfg.eval_images)]
     jobs = jobs[processes.rank() :: processes.world_size()]
     results = []
-    for start in range(0, len(jobs), cfg.rollout_batch):
+    for start in processes.bar(range(0, len(jobs), cfg.rollout_batch), "test"):
         rollouts = rollout(policy, rows, jobs[start : start + cfg.rollout_batch], -1, cfg)
         batch_rows = [rows[i] for _, _, i, _ in rollouts.keys]
         scores = reward_lib.score(rewards.all, rollouts.prompts, rollouts.images, batch_rows)
@@ -350,7 +350,8 @@ def best_of_n_pool(policy, reference, rewards, rows, cfg):
     """Records of `best_of` pictures of the base policy for each of 40 test prompts. Best-of-n takes
     the same rewards, but chooses among pictures like those that the rewards were trained on."""
     pool, n = [], cfg.best_of
-    for i in range(processes.rank(), min(40, len(rows)), processes.world_size()):
+    mine = range(processes.rank(), min(40, len(rows)), processes.world_size())
+    for i in processes.bar(mine, "best of n"):
         with sharding.as_reference(policy, reference) as original:
             rollouts = rollout(original, rows, [(i, k) for k in range(n)], -2, cfg)
         scores = reward_lib.score(rewards.all, rollouts.prompts, rollouts.images, [rows[i]] * n)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from training.files import usage_error
 
@@ -95,6 +96,11 @@ def rank():
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def bar(items, name):
+    """A progress bar on the first process' screen, gone at the end; none for a single item."""
+    return tqdm(items, name, leave=False, disable=rank() != 0 or len(items) < 2)
 
 
 def gather(items):
