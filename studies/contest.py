@@ -203,6 +203,7 @@ def changes(runs):
 
 
 def contest_table(results):
+    """A row for each cure: most gold for each unit of hps first, then those whose hps did not rise."""
     rows = []
     for cure, runs in results.items():
         source = CURES[cure]["from"] if cure != STOPPED else "at the first alarm"
@@ -215,8 +216,8 @@ def contest_table(results):
         (proxy, width), (gold, _) = columns["hps"], columns["gold"]
         rose = proxy > (width if math.isfinite(width) else 0.02)
         row["gold per hps"] = f"{gold / proxy:+.2f}" if rose else "-"
-        rows.append(row)
-    return rows
+        rows.append((-gold / proxy if rose else math.inf, row))
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
 
 def draw_cures(axis, results, name):

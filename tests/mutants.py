@@ -33,12 +33,21 @@ ROLLOUT = (
 TARGETS = [  # (file, its functions, the tests that must notice)
     (
         "grpo.py",
-        "group_advantages kl_k3 grpo_loss learning_rate guidance_weights micro_batches "
-        "all_logprobs reference_logprobs update_policy make_optimizer train_step evaluate_policy "
+        "group_advantages kl_k3 grpo_loss guidance_weights micro_batches all_logprobs "
+        "reference_logprobs compute_gradient update_policy train_step evaluate_policy "
         "best_of_n_pool",
         f"{METHOD} {UPDATE}",
     ),
+    ("training/optimizer.py", "learning_rate make_optimizer", f"{METHOD} {UPDATE}"),
+    (
+        "training/cures.py",
+        "flatten_gradient win_rates doubtful spread encode exchange Cure.__init__ Cure.betas "
+        "Cure.data Cure.after_step",
+        "tests/test_cures.py --deselect "
+        "tests/test_cures.py::test_a_run_with_all_cures_resumes_as_if_nothing_had_happened",
+    ),
     ("grpo.py", "rollout", f"{UPDATE} {ROLLOUT}"),
+    ("training/stopping.py", "in_batches", f"{UPDATE} {ROLLOUT}"),
     (
         "generate.py",
         "tokenize thought_context image_context unconditional_ids add_unconditional apply_cfg "
