@@ -203,7 +203,7 @@ def changes(runs):
 
 
 def contest_table(results):
-    """A row for each cure: most gold for each unit of hps first, then those whose hps did not rise."""
+    """A row for each cure: the most gold for each unit of hps first, those without a rise last."""
     rows = []
     for cure, runs in results.items():
         source = CURES[cure]["from"] if cure != STOPPED else "at the first alarm"
