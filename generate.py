@@ -37,6 +37,7 @@ from evaluation.exports import PICTURES, export
 from training import cuda_graph
 from training.files import fingerprint, usage_error
 from training.pictures import write_pictures
+from training.pipelines import pipeline_sampler
 from training.policy import as_letters, checkpoint_folder, load_policy
 from training.processes import pick_device
 from training.prompts import load_prompts
@@ -94,6 +95,14 @@ def apply_cfg(logits, cfg_weight):
         return logits
     c, u = logits.chunk(2)
     return u + cfg_weight * (c - u)
+
+
+def image_logits(policy, hidden, cfg_weight):
+    """Hidden states -> guided logits of image tokens, float32. Nothing is rounded to bfloat16 from
+    here on: guidance would multiply the rounding by w. (Two policies whose weights differ by 1e-6
+    are then .07 nats apart, and otherwise .12: the tiny one, w = 5.)"""
+    with torch.autocast(policy.device.type, enabled=False):
+        return apply_cfg(policy.model.model.generation_head(hidden.float()), cfg_weight)
 
 
 def default_cfg_weight(policy):
@@ -287,9 +296,7 @@ def sample_image(policy, ids, mask, uniform, cfg_weight):
         x = policy.model.prepare_embeddings_for_image_generation(token[:, None])
         return x.repeat(branches, 1, 1)
 
-    def head(hidden):
-        return apply_cfg(policy.model.model.generation_head(hidden).float(), cfg_weight)
-
+    head = lambda hidden: image_logits(policy, hidden, cfg_weight)
     return sample_tokens(policy, ids, mask, uniform, embed, head)
 
 
@@ -351,35 +358,12 @@ def token_logprobs(policy, rollouts, cfg_weight):
         picture = policy.model.prepare_embeddings_for_image_generation(rollouts.image_ids)
         picture = picture.repeat(len(ids) // len(rollouts), 1, 1)
         hidden = teacher_forced_hidden(policy, policy.embed_text(ids), mask, picture)
-        logits = apply_cfg(policy.model.model.generation_head(hidden).float(), cfg_weight)
+        logits = image_logits(policy, hidden, cfg_weight)
         parts.append(gather_logprobs(logits, rollouts.image_ids))
     return torch.cat(parts, 1)
 
 
 # --- command line -------------------------------------------------------------------------------
-
-
-def pipeline_sampler(name_or_path, device, dtype, cfg_weight):
-    """sample_batch of a diffusers pipeline, or None if it is not one. Such models draw reference
-    pictures (adversarial_reward.py). No remote code: only diffusers' own classes are loaded."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        if not (Path(name_or_path) / "model_index.json").is_file():
-            hf_hub_download(name_or_path, "model_index.json")
-    except Exception:  # no pipeline, or no network: load_policy says what is wrong
-        return None
-    from diffusers import DiffusionPipeline
-
-    pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=dtype).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    guidance = {} if cfg_weight is None else {"guidance_scale": cfg_weight}
-
-    def sample_batch(prompts, keys):
-        generators = [seeded_generator(key) for key in keys]  # a picture depends on its key alone
-        return pipeline(prompts, generator=generators, **guidance).images, [""] * len(prompts)
-
-    return sample_batch
 
 
 def policy_sampler(cfg, device, dtype):
@@ -430,7 +414,7 @@ def main(cfg):
     device, dtype = pick_device(cfg.device, cfg.dtype)
     weight, sample_batch, batch_size = cfg.cfg_weight, None, cfg.batch_size or 1
     if cfg.model != "tiny":
-        sample_batch = pipeline_sampler(cfg.model, device, dtype, weight)
+        sample_batch = pipeline_sampler(cfg.model, device, dtype, weight, seeded_generator)
     if sample_batch is None:
         sample_batch, weight = policy_sampler(cfg, device, dtype)
         batch_size = cfg.batch_size or 32

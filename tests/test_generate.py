@@ -1,6 +1,7 @@
 """The policy: what is sampled is what is scored, and a picture depends on its own key alone."""
 
 import copy
+import dataclasses
 import json
 import shutil
 import types
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 import generate
+from training import sharding
 from training.files import ROOT
 from training.pictures import write_pictures
 from training.policy import trainable
@@ -285,6 +287,20 @@ def test_log_probabilities_are_float32_even_of_bfloat16_logits():
     got = generate.gather_logprobs(logits, torch.tensor([[1]]))
     # 7 - log(e^8 + e^7 + e^1) = -1 - log(1 + e^-1 + e^-7)
     assert got.dtype == torch.float32 and got.item() == pytest.approx(-1.313928, abs=1e-5)
+
+
+def test_the_image_head_computes_in_float32_whatever_the_rest_does(policy):
+    """In training on a GPU, too: its frozen matrices are not rounded to bfloat16."""
+    rounded = dataclasses.replace(copy.deepcopy(policy), dtype=torch.bfloat16)
+    rounded.model.model.generation_head.requires_grad_(False)
+    sharding.cast_frozen_weights(rounded)
+    width = policy.model.config.text_config.hidden_size
+    hidden = torch.randn(4, 3, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = generate.apply_cfg(policy.model.model.generation_head(hidden.float()), 5.0)
+    with rounded.autocast():
+        got = generate.image_logits(rounded, hidden, 5.0)
+        coarse = generate.apply_cfg(rounded.model.model.generation_head(hidden).float(), 5.0)
+    assert torch.equal(got, expected) and (coarse - expected).abs().max() > 1e-2
 
 
 # --- checkpoints and prompt files ---------------------------------------------------------------

@@ -55,6 +55,8 @@ def shard(policy):
     precision = MixedPrecisionPolicy(policy.dtype, torch.float32, cast_forward_inputs=False)
     for layer in policy.language_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
+    head, exact = policy.model.model.generation_head, MixedPrecisionPolicy(torch.float32)
+    fully_shard(head, mesh=mesh, mp_policy=exact)  # generate.image_logits
     vq_parameters = set(policy.model.model.vqmodel.parameters())
     fully_shard(policy.model, mesh=mesh, mp_policy=precision, ignored_params=vq_parameters)
     policy.model.run_in_root_forward = lambda function, *args: function(*args)
@@ -65,9 +67,10 @@ def shard(policy):
 def cast_frozen_weights(policy):
     """In place: frozen matrices in the policy's dtype. Autocast rounds them to it at every use
     anyway, so no result changes, and they take half the memory. Trained weights stay float32, or
-    small updates would be lost; so do norms and the VQ model, which are used in float32."""
+    small updates would be lost; so do norms, image head and VQ model, which are used in float32."""
     for name, parameter in policy.model.named_parameters():
-        if not parameter.requires_grad and parameter.dim() > 1 and "vqmodel" not in name:
+        kept = "vqmodel" in name or "generation_head" in name
+        if not parameter.requires_grad and parameter.dim() > 1 and not kept:
             parameter.data = parameter.data.to(policy.dtype)
     return policy
 
