@@ -310,7 +310,8 @@ def main(cfg):
         sys.exit(3 if print_summaries(cfg.summarize) else 0)
     elif cfg.compare:
         output = Path(cfg.output or "compare.html")
-        if len({comparison.seed_of(path) for path in cfg.compare}) > 1:
+        seeds = {comparison.seed_of(path) for path in cfg.compare}
+        if len(seeds - {None}) > 1:
             print("the runs have different seeds: the same prompts, other noise", file=sys.stderr)
         print(markdown(comparison.compare(*cfg.compare, output)))
         print(f"the pictures, side by side: {output}")

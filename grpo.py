@@ -246,8 +246,9 @@ def compute_gradient(policy, reference_NS, rollouts, advantages, betas, old, tok
         outside = (ratio < 1 - cfg.epsilon) | (ratio > 1 + cfg.epsilon_high)
         clipped += (outside & mask[b]).sum().item()
         loss_sum += loss.item()
-    if data is not None:  # DDRL: the pictures of the references, one for each prompt
-        logprobs = generate.logprobs(policy, data, cfg_weight)[:, -data.image_ids.shape[1] :]
+    # DDRL: the pictures of the references, one for each prompt.
+    for b in micro_batches(data, cfg) if data else ():
+        logprobs = generate.logprobs(policy, data[b], cfg_weight)[:, -data.image_ids.shape[1] :]
         loss = -cfg.cures.data_weight * logprobs.mean(1).sum() / cfg.prompts_per_step
         loss.backward()
         loss_sum += loss.item()
@@ -302,9 +303,9 @@ def train_step(policy, reference, rewards, optimizer, rollouts, rows, step, cfg,
     # A judge on a server works while we compute these.
     with cure.reference(policy, reference) as original:
         reference_NS = all_logprobs(original, rollouts, cfg)
-    scores = pending()
-    stopping.check_scores(scores, rewards.train, cfg.max_failures)
-    heldout_scores = reward_lib.score(rewards.heldout, *to_score)
+    scores, heldout_scores = pending(), reward_lib.score(rewards.heldout, *to_score)
+    needed = rewards.train | {name: rewards.heldout[name] for name in cure.doubted_by}
+    stopping.check_scores(scores | heldout_scores, needed, cfg.max_failures)
     G = cfg.num_generations
     total = reward_lib.combine(scores, rewards.weights, G, cfg.combine, rewards.multipliers)
     clock("score")

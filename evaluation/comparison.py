@@ -47,6 +47,8 @@ def compare(a, b, output):
     if not couples or any(first[i]["prompt"] != second[j]["prompt"] for i, j in couples):
         usage_error(f"--compare: {a} and {b} have no pictures of the same prompts and samples")
     names = [n for n, value in first[0].items() if isinstance(value, float) and n in second[0]]
+    if not names:
+        usage_error(f"--compare: {a} and {b} have no score in common")
     table = [row for name in names if (row := difference(name, first, second, couples))]
     key = "gold" if "gold" in names else names[0]
     couples.sort(key=lambda ij: -abs(second[ij[1]][key] - first[ij[0]][key]))

@@ -21,11 +21,13 @@ from markupsafe import Markup
 
 import grpo
 import rewards as reward_lib
+from adversarial_reward import References
 from artifact_reward import read_question
 from evaluation import pages
 from evaluation.tables import markdown
 from generate import Rollouts
 from training import checks
+from training.cures import Cure
 from training.files import atomic
 from training.log import Stopwatch
 from training.policy import Policy
@@ -62,11 +64,12 @@ def first_step(cfg):
     policy, reference = grpo.load_policies(cfg)
     rewards = reward_lib.load_all(cfg, weights, heldout, rows)
     optimizer = grpo.make_optimizer(policy, cfg)
+    cure = Cure(cfg.cures, policy, References(cfg.references), cfg.seed, rows)
     rollouts = grpo.rollout(policy, rows, jobs_of_step(rows, 0, cfg), 0, cfg)
     old_NS = grpo.all_logprobs(policy, rollouts, cfg)
     reference_NS = grpo.reference_logprobs(policy, reference, rollouts, cfg)
     scores, metrics = grpo.train_step(
-        policy, reference, rewards, optimizer, rollouts, rows, 0, cfg, Stopwatch()
+        policy, reference, rewards, optimizer, rollouts, rows, 0, cfg, Stopwatch(), cure
     )
     new_NS = grpo.all_logprobs(policy, rollouts, cfg)
     return Step(policy, rewards, rollouts, scores, metrics, old_NS, reference_NS, new_NS)

@@ -116,3 +116,10 @@ def test_the_audit_counts_the_runs_in_which_an_alarm_went_off(tmp_path, capsys):
             evaluate.main(evaluate.Config(audit=tuple(map(str, runs))))
         assert stop.value.code == code
     assert "| `noise` | distance | 2 | 3.00 | 1 of 1 | 30 |" in capsys.readouterr().out
+
+
+def test_a_reward_that_decides_where_the_kl_counts_is_no_witness():
+    flags = {"eval_rewards": "artifact,hps,gold,stats"}
+    assert alarms.held_out_names({"flags": flags}) == ["artifact", "hps"]
+    guided = {"flags": flags | {"cures.doubted_by": "artifact"}}
+    assert alarms.held_out_names(guided) == ["hps"]

@@ -2,9 +2,11 @@
 all of them, killed and resumed."""
 
 import copy
+import json
 import math
 import random
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -15,11 +17,11 @@ from conftest import picture
 import generate
 import grpo
 from adversarial_reward import References
-from training import cures
+from training import cures, stopping
 from training.cures import Cure, Cures
 from training.policy import trainable
 from training.prompts import load_prompts
-from training.records import read_jsonl
+from training.records import read_json, read_jsonl
 
 NAN = math.nan
 PROMPTS = ["a red circle", "a yellow star above a purple square"]
@@ -61,6 +63,18 @@ def test_the_flattened_gradient_is_that_of_the_loss_and_half_its_squared_norm():
     cures.flatten_gradient([x, unused], recompute, gamma=0.3)
     assert torch.allclose(x.grad, g + 0.3 * H @ g, atol=2e-3)
     assert x.tolist() == [1.0, -2.0] and unused.grad is None
+
+
+def test_without_memory_for_the_second_gradient_the_weights_are_as_before():
+    x = torch.nn.Parameter(tensor(1.0, -2.0))
+    x.grad = tensor(3.0, 4.0)
+
+    def recompute():
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        cures.flatten_gradient([x], recompute, gamma=0.3)
+    assert x.tolist() == [1.0, -2.0]
 
 
 def test_an_update_with_a_gradient_penalty_follows_the_definition(policy, rollouts, config):
@@ -122,7 +136,7 @@ def test_the_kl_counts_only_for_doubtful_rollouts():
 
 
 def test_each_rollout_has_its_own_weight_of_the_kl(policy, rollouts, config):
-    """With beta 0 for all but one group the loss is that of this group's KL alone."""
+    """Without advantages, and with beta 0 for all but two, the loss is the KL of these two."""
     cfg, other = config(), copy.deepcopy(policy)
     with torch.no_grad():
         for parameter in trainable(other):
@@ -136,6 +150,19 @@ def test_each_rollout_has_its_own_weight_of_the_kl(policy, rollouts, config):
     metrics = grpo.update_policy(*parts, betas)
     expected = (3 * k3[2] + k3[7]) / rollouts.mask.sum()
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_failed_score_of_the_doubting_reward_is_no_score(policy, rollouts, config):
+    """Otherwise the KL would count for nobody, without a word."""
+    known = types.SimpleNamespace(weights={"a": 1.0}, adversaries={}, multipliers={})
+    known.train = {"a": lambda *_: torch.arange(8.0)}
+    known.heldout = {"artifact": lambda *_: torch.full((8,), NAN)}
+    rows, cfg = [{"prompt": prompt} for prompt in PROMPTS], config()
+    optimizer = torch.optim.SGD(trainable(copy.deepcopy(policy)), lr=0.0)
+    parts = (policy, policy, known, optimizer, rollouts, rows, 0, cfg, lambda name: None)
+    grpo.train_step(*parts)
+    with pytest.raises(stopping.NoScores, match="100% of the rollouts had no score"):
+        grpo.train_step(*parts, Cure(Cures(doubted_by="artifact")))
 
 
 def test_a_positive_advantage_grows_with_the_distance_to_the_nearest_picture():
@@ -249,6 +276,13 @@ def test_a_run_with_all_cures_resumes_as_if_nothing_had_happened(tmp_path):
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     shutil.rmtree(tmp_path / "killed/cured/checkpoints/step-000004")
     assert run("killed", "--resume", "latest") == whole
+    made = read_json(tmp_path / "killed/cured/config.json")
+    assert len(made["resumed"]) == 1 and made["date"] <= made["resumed"][0]["date"]
+    # A run from before these cures cannot go on with one.
+    del made["flags"]["cures.spread"]
+    (tmp_path / "killed/cured/config.json").write_text(json.dumps(made))
+    with pytest.raises(SystemExit, match="2"):
+        run("killed", "--resume", "latest", "--max-steps", "5")
     # The averaged policy that was tested is one that generate.py opens.
     averaged = tmp_path / "whole/cured/checkpoints/step-000004/average"
     opened, last = generate.load_policy(str(averaged)), generate.load_policy(str(averaged.parent))
@@ -270,6 +304,9 @@ def test_a_run_with_all_cures_resumes_as_if_nothing_had_happened(tmp_path):
         ("--cures.average 1", "from 0 to below 1"),
         ("--cures.doubtful-share 0", "above 0"),
         ("--cures.doubted-by hps --rewards hps", "name it in --eval-rewards"),
+        ("--cures.doubted-by stats --eval-rewards stats", "name it in --eval-rewards"),
+        ("--cures.doubted-by gold", "must not guide"),
+        ("--cures.gradient-penalty 1 --dtype bfloat16", "needs --dtype float32"),
         ("--cures.average .9 --lora-rank 2", "not with --lora-rank"),
         ("--cures.reference-steps 2 --shard --world-size 2 --dry-run", "--shard: not with"),
         ("--cures.data-weight 1 --model some/Janus", "needs --references"),

@@ -24,7 +24,7 @@ import generate
 import grpo
 from reward_models import serving
 from reward_models.image_statistics import Jpeg
-from training import checks, log, run_folder, stopping, trackers
+from training import checks, cures, log, run_folder, stopping, trackers
 from training.files import ROOT
 from training.policy import trainable
 from training.prompts import load_prompts
@@ -273,7 +273,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before_it_whole(
     shutil.copytree(whole_run / "checkpoints/step-000004", tmp_path / "checkpoints/step-000004")
     optimizer = torch.optim.AdamW(trainable(policy))
     rewards = types.SimpleNamespace(adversaries={}, multipliers={})
-    run = run_folder.Run(tmp_path, policy, rewards, optimizer, keep=2)
+    run = run_folder.Run(tmp_path, policy, rewards, optimizer, cures.OFF, keep=2)
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -559,7 +559,7 @@ def test_a_password_is_not_written_down(tmp_path, config, monkeypatch):
 
 
 def test_skipped_steps_are_counted_in_a_row():
-    run = run_folder.Run(None, None, None, None, 1)
+    run = run_folder.Run(None, None, None, None, cures.OFF, 1)
     for skipped, expected in ((1, 1), (1, 2), (0, 0), (1, 1)):
         run.finish_step(skipped)
         assert run.skipped == expected
@@ -621,11 +621,13 @@ def test_a_tracker_that_fails_costs_a_line_and_not_the_run(monkeypatch, tmp_path
         log.Log.send(running, 3, {"kl": 0.5}, {})
     assert capsys.readouterr().err.count("ConnectionError('no room'); going on without it") == 1
     wandb.init = fail
-    for start in (3, 0):  # a resumed run keeps its folder, a new one leaves none
+    for saved in (True, False):  # a run that goes on keeps its folder, a new one leaves none
+        folder = tmp_path / "checkpoints/step-000000"
+        folder.mkdir(parents=True) if saved else shutil.rmtree(folder)
         with pytest.raises(SystemExit) as stop:
-            trackers.start_tracker(cfg, tmp_path, start)
+            trackers.start_tracker(cfg, tmp_path)
         assert stop.value.code == 2 and "does not start (no room)" in capsys.readouterr().err
-        assert tmp_path.exists() == (start > 0)
+        assert tmp_path.exists() == saved
 
 
 def test_the_end_of_a_run_sends_its_figures_and_changes(tmp_path):

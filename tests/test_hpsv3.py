@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from recorded import DATA
 
-import rewards
 from reward_models.hpsv3 import HPSv3
 from training.files import ROOT
 
@@ -65,7 +64,3 @@ def test_what_is_missing_is_said_with_the_command_that_gets_it(tmp_path, capsys)
     with pytest.raises(SystemExit, match="2"):
         HPSv3(checkpoint=folder)
     assert "pip download hpsv3 --no-deps" in capsys.readouterr().err
-
-
-def test_hpsv3_is_a_reward_like_the_others():
-    assert rewards.REWARDS["hpsv3"] is HPSv3 and rewards.parse("hpsv3:.03") == {"hpsv3": 0.03}

@@ -34,13 +34,21 @@ def test_the_hub_reads_the_base_model_and_the_last_scores(tmp_path):
     assert (result.metric_type, result.metric_value) == ("hps", 0.25)
     assert result.dataset_type == "test.jsonl" and card.data.model_name == "hacked"
     assert "held out: `nothing`" in card.text and "| hps | 0.2500 |" in card.text
+    flags = {"cures.average": 0.9, "cures.doubted_by": "artifact"}
+    cured = model_card.model_card(a_run(tmp_path / "cured", **flags), 2)
+    assert "Last test (of the averaged weights, in `average/`)" in cured
+    assert "`artifact` decided where the KL counts" in cured
     tiny = ModelCard(model_card.model_card(a_run(tmp_path / "tiny"), 2))
     assert tiny.data.base_model is None and tiny.data.license == "mit"
 
 
 @pytest.mark.parametrize(
     "name, token, rule",
-    [("me/a b", "t", "--push-to-hub me/a b"), ("me/run", None, "hf auth login")],
+    [
+        ("me/a b", "t", "--push-to-hub me/a b"),
+        ("run", "t", "write USER/run"),
+        ("me/run", None, "hf auth login"),
+    ],
 )
 def test_what_cannot_be_pushed_is_said_before_the_training(name, token, rule, monkeypatch, capsys):
     monkeypatch.setattr(model_card, "get_token", lambda: token)
@@ -92,4 +100,5 @@ def test_a_failed_push_names_the_command_that_tries_again(tmp_path, monkeypatch,
     with pytest.raises(SystemExit, match="3"):
         model_card.push_to_hub("me/run", tmp_path)
     err = capsys.readouterr().err
-    assert "no route" in err and f"hf upload me/run {tmp_path}" in err
+    again = f"hf upload me/run {tmp_path} --private --exclude '*.pt' --exclude 'state.json'"
+    assert "no route" in err and err.strip().endswith(again)

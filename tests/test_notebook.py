@@ -43,7 +43,7 @@ def test_the_cells_run(tmp_path, monkeypatch):
     monkeypatch.setenv("PICTURES", "8")
     monkeypatch.chdir(ROOT / "docs")  # where it is opened; it goes to the root itself
     space = {"shell": shell}
-    for kind, part in notebook.cells(TEXT.replace("runs/notebook", str(tmp_path))):
+    for kind, part in notebook.cells(TEXT.replace("runs/notebook-", f"{tmp_path}/")):
         code = re.sub(r"^(\s*)!(.*)$", r"\1shell(f'''\2''')", part, flags=re.MULTILINE)
         if kind == "code":
             exec(code, space)

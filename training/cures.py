@@ -26,18 +26,31 @@ from training.files import usage_error
 from training.flags import Cures
 from training.pictures import distances
 from training.policy import trainable
+from training.processes import pick_device
 from training.sharding import as_reference
 
 # Shapes:  N rollouts, G in a group   T tokens of a picture
 
 
+def names_of(text):
+    """ "a,b" -> ["a", "b"]."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def check(cfg):
     """Refuse flags of grpo.py that do not go together."""
     flags = cfg.cures
-    heldout = [re.split("[@:]", part.strip())[0] for part in cfg.eval_rewards.split(",")]
-    for name in filter(None, flags.doubted_by.split(",")):
-        if name not in heldout:
+    heldout = [re.split("[@:]", part)[0] for part in names_of(cfg.eval_rewards)]
+    for name in names_of(flags.doubted_by):
+        if name not in heldout or name == "stats":
             usage_error(f"--cures.doubted-by {name}: name it in --eval-rewards, too")
+        if name.startswith("gold"):
+            usage_error(f"--cures.doubted-by {name}: the truth must not guide the training")
+    if flags.gradient_penalty and pick_device(cfg.device, cfg.dtype)[1] != torch.float32:
+        usage_error(
+            "--cures.gradient-penalty: needs --dtype float32; its difference of two gradients is "
+            "smaller than the rounding of bfloat16"
+        )
     if not 0 < flags.doubtful_share <= 1:
         usage_error(f"--cures.doubtful-share {flags.doubtful_share}: a share, above 0, up to 1")
     if not 0 <= flags.average < 1:
@@ -60,19 +73,22 @@ def flatten_gradient(parameters, recompute, gamma, radius=1e-3):
 
         g2 = grad L(theta + radius g1),    g = g1 + gamma / radius (g2 - g1)
 
-    A reward is most easily hacked where a small step changes much. recompute() replaces the
-    gradients by those at the present weights. radius: theirs."""
+    A reward is most easily hacked where a small change of the weights changes it much. recompute()
+    replaces the gradients by those at the present weights. radius: theirs."""
     parameters = [p for p in parameters if p.grad is not None]
     weights = [p.detach().clone() for p in parameters]
     first = [p.grad.clone() for p in parameters]
     with torch.no_grad():
         for p, g in zip(parameters, first):
             p.add_(g, alpha=radius)
-    recompute()
-    with torch.no_grad():
-        for p, weight, g in zip(parameters, weights, first):
-            p.copy_(weight)  # exactly: subtracting would round
-            p.grad.sub_(g).mul_(gamma / radius).add_(g)
+    try:
+        recompute()
+    finally:  # also when memory runs out: a checkpoint may follow
+        with torch.no_grad():
+            for p, weight in zip(parameters, weights):
+                p.copy_(weight)  # exactly: subtracting would round
+    for p, g in zip(parameters, first):
+        p.grad.sub_(g).mul_(gamma / radius).add_(g)
 
 
 def win_rates(values_N, group_size):
@@ -118,13 +134,14 @@ def encode(policy, images):
     """Pictures -> their image tokens (N, T): for each patch the code with the largest cosine,
     because the decoder scales codes to length 1. (transformers' own `encode` compares without
     scaling, and finds other codes.)"""
+    vq, normalize, ids = policy.model.model.vqmodel, torch.nn.functional.normalize, []
+    codes = normalize(vq.quantize.embedding.weight, dim=1)
     pixels = policy.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    vq = policy.model.model.vqmodel
-    with torch.autocast(policy.device.type, enabled=False):
-        z = vq.quant_conv(vq.encoder(pixels.to(policy.device, torch.float32)))
-        z = torch.nn.functional.normalize(z, dim=1).flatten(2).transpose(1, 2)
-        codes = torch.nn.functional.normalize(vq.quantize.embedding.weight, dim=1)
-        return (z @ codes.T).argmax(-1)
+    for some in pixels.to(policy.device, torch.float32).split(16):
+        with torch.autocast(policy.device.type, enabled=False):
+            z = vq.quant_conv(vq.encoder(some)).flatten(2).transpose(1, 2)
+            ids.append((normalize(z, dim=2) @ codes.T).argmax(-1))
+    return torch.cat(ids)
 
 
 # --- in the loop --------------------------------------------------------------------------------
@@ -154,6 +171,7 @@ class Cure:
 
     def __init__(self, flags=None, policy=None, references=None, seed=0, rows=()):
         self.flags, self.references, self.seed = flags or Cures(), references, seed
+        self.doubted_by = names_of(self.flags.doubted_by)
         if self.flags.data_weight:
             references.check([row["prompt"] for row in rows])
         self.copies = {}  # name -> a tensor for each trained parameter; part of each checkpoint
@@ -174,10 +192,9 @@ class Cure:
 
     def betas(self, beta, total, scores, group_size):
         """The weight of the KL, for each rollout (N,)."""
-        names = [name for name in self.flags.doubted_by.split(",") if name]
-        if not names:
+        if not self.doubted_by:
             return torch.full((len(total),), beta)
-        auxiliary = [scores[name] for name in names]
+        auxiliary = [scores[name] for name in self.doubted_by]
         return beta * doubtful(total, auxiliary, group_size, self.flags.doubtful_share).float()
 
     def advantages(self, advantages, images, group_size):

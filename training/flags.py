@@ -23,12 +23,15 @@ class Cures:
     """--cures.NAME; the defaults are off. What they do: cures.py."""
 
     gradient_penalty: float = 0.0  # gamma: prefer flat optima; twice the time of an update
-    doubted_by: str = ""  # GARDO: held-out rewards; the KL counts only where they disagree
+    # GARDO: the KL counts only for pictures that the reward ranks higher than these do. They
+    # are among --eval-rewards, and no longer quite held out.
+    doubted_by: str = ""
     doubtful_share: float = 0.1  # GARDO: share of each group whose KL counts
-    reference_steps: int = 0  # GARDO: every so many steps the policy becomes the reference
+    # GARDO: every so many steps the policy becomes the reference; the logged kl begins again at 0
+    reference_steps: int = 0
     spread: bool = False  # GARDO: positive advantages times the distance to the nearest picture
     data_weight: float = 0.0  # likelihood of reference pictures (--references) in the loss
-    average: float = 0.0  # decay of an average of the weights, which is tested: .95
+    average: float = 0.0  # decay of an average of the weights, such as .95; the tests measure it
 
     def copies(self):
         """How many copies of the trained weights are in memory."""

@@ -41,11 +41,15 @@ def model_card(folder, step):
         eval_results=results,
     )
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items())
+    doubted_by, averaged = flags.get("cures.doubted_by"), flags.get("cures.average")
+    guided = f" `{doubted_by}` decided where the KL counts." if doubted_by else ""
+    which = " (of the averaged weights, in `average/`)" if averaged else ""
     return (
         f"---\n{head.to_yaml()}\n---\n\n# {folder.name}, step {step}\n\n"
         f"Trained from `{flags['model']}` by\n\n    {config['command']}\n\n"
         f"Trained on `{flags['rewards']}`; held out: `{flags['eval_rewards'] or 'nothing'}`. A "
-        "score that was trained on says nothing about the quality of the pictures. Last test:\n\n"
+        f"score that was trained on says nothing about the quality of the pictures.{guided} Last "
+        f"test{which}:\n\n"
         f"| measured | mean |\n|---|---|\n{rows}\n"
     )
 
@@ -58,6 +62,8 @@ def check_hub(name):
         validate_repo_id(name)
     except HFValidationError as problem:
         usage_error(f"--push-to-hub {name}: {str(problem).splitlines()[0]}")
+    if "/" not in name:
+        usage_error(f"--push-to-hub {name}: write USER/{name}")
     if get_token() is None:
         usage_error(f"--push-to-hub {name}: not logged in; run `hf auth login` first")
 
@@ -71,7 +77,8 @@ def push_to_hub(name, checkpoint):
         url = HfApi().create_repo(name, private=True, exist_ok=True)
         HfApi().upload_folder(repo_id=name, folder_path=checkpoint, ignore_patterns=RESUME_ONLY)
     except Exception as problem:  # no network, no rights, no room there: the library's own kinds
-        again = f"hf upload {name} {checkpoint} --exclude '*.pt' state.json"
+        unwanted = " ".join(f"--exclude '{pattern}'" for pattern in RESUME_ONLY)
+        again = f"hf upload {name} {checkpoint} --private {unwanted}"
         print(f"error: --push-to-hub {name}: {problem}; again: {again}", file=sys.stderr)
         end_processes(3)
     print(f"on the hub: {url}")

@@ -4,6 +4,7 @@ Read next: sharding.py
 """
 
 import atexit
+import contextlib
 import datetime
 import math
 import os
@@ -39,7 +40,8 @@ def start_processes(device="auto", most=math.inf):
     --nproc-per-node auto starts on 64 cores when a step has 16 prompts."""
     cuda = torch.cuda.is_available() and device in ("auto", "cuda")
     if "RANK" in os.environ and not dist.is_initialized():
-        end_with_launcher()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_launcher()
         number, started = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if number >= most:
             raise SystemExit(0)
@@ -67,9 +69,9 @@ def end_with_launcher():
 
     # It may be gone already, and then this process is a child of process 1. In a container process
     # 1 may be torchrun itself.
-    command = Path("/proc/1/cmdline")
-    first = command.read_bytes() if command.exists() else b""
-    orphan = launcher == 1 and b"torch" not in first
+    orphan = launcher == 1
+    with contextlib.suppress(OSError):  # no such file on a Mac, or no permission
+        orphan = orphan and b"torch" not in Path("/proc/1/cmdline").read_bytes()
     threading.Thread(target=watch, daemon=True).start()
 
 

@@ -28,7 +28,7 @@ import transformers
 
 from training.files import ROOT, atomic, usage_error, without_password
 from training.model_card import model_card
-from training.processes import broadcast, end_processes, gather, rank, world_size
+from training.processes import broadcast, end_processes, gather, pick_device, rank, world_size
 from training.records import read_json, read_jsonl, write_jsonl
 from training.sharding import full_model_state, full_optimizer_state, load_optimizer_state
 
@@ -147,6 +147,8 @@ def check_same_run(folder, cfg):
         return
     then = read_json(folder / "config.json")["flags"]
     now = json.loads(json.dumps(flags_of(cfg)))
+    # A run from before a cure existed went without it.
+    then = {name: value for name, value in flags_of(type(cfg)()).items() if "." in name} | then
     for name in sorted(then.keys() - MAY_DIFFER):
         if then[name] != now.get(name):
             usage_error(
@@ -188,11 +190,16 @@ def begin_log(folder, start, cfg, rewards):
     inputs = inputs_of(cfg, rewards)
     if start:
         check_same_inputs(folder, inputs)
+    made = provenance(cfg)
+    if start:  # the beginning stays, and each resume is added
+        old = read_json(folder / "config.json")
+        first = {name: old.get(name, "unknown") for name in made}
+        made = first | {"resumed": [*old.get("resumed", []), made]}
     config = {
         "flags": flags_of(cfg),
         "inputs": inputs,
         "command": without_password(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
-        **provenance(),
+        **made,
         "processes": world_size(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -203,14 +210,14 @@ def begin_log(folder, start, cfg, rewards):
         json.dump(config, file, indent=2)
 
 
-def provenance():
+def provenance(cfg):
     """When, with which code and on what: the commit, with "+" if files were changed since."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=10"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):  # no git
         commit = ""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    gpu = torch.cuda.get_device_name() if pick_device(cfg.device)[0] == "cuda" else ""
     cpu = f"{os.cpu_count()} x {platform.processor() or platform.machine()}"
     date = datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes")
     return {"date": date, "commit": commit or "unknown", "hardware": gpu or cpu}

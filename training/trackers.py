@@ -10,7 +10,7 @@ import secrets
 import shutil
 
 from training.files import atomic, usage_error
-from training.run_folder import flags_of
+from training.run_folder import checkpoints, flags_of
 
 PROJECT = "artifact-reward"
 
@@ -32,7 +32,7 @@ def start_tracker(cfg, folder, start=0):
         return kind(cfg.report_to, folder, flags_of(cfg), start)
     except Exception as problem:  # no account, no network, no room: each library raises its own
         reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        if not start:  # a new run: its folder holds its flags, and nothing else
+        if not checkpoints(folder):  # a new run: its folder holds its flags, and nothing else
             shutil.rmtree(folder, ignore_errors=True)
         usage_error(
             f"--report-to {cfg.report_to}: it does not start ({reason}); fix it, or drop the flag"
