@@ -52,9 +52,13 @@ def test_a_change_is_the_last_test_minus_the_first_and_its_interval_is_over_seed
 
 def test_gold_per_proxy_is_a_ratio_of_means_and_only_where_the_proxy_rose():
     rose = [run((0.4, 0.5, 0.6), (0.6, 0.5, 0.5))] * 2
-    fell = [run((0.4, 0.4, 0.4), (0.6, 0.5, 0.5))] * 2
-    table = contest.contest_table({"no cure": rose, "judge, summed": fell})
-    assert [row["gold per hps"] for row in table] == ["-0.50", "-"]
+    better = [run((0.4, 0.5, 0.6), (0.6, 0.5, 0.7)), run((0.4, 0.5, 0.5), (0.6, 0.5, 0.7))]
+    fell = [run((0.4, 0.4, 0.4), (0.6, 0.5, 0.5))] * 3
+    unsure = [*better, run((0.4, 0.4, 0.2), (0.6, 0.5, 0.5))]  # its interval holds 0
+    cures = {"control": unsure, "no cure": rose, "judge, summed": fell, "GARDO": better}
+    table = contest.contest_table(cures)
+    assert [row["cure"] for row in table] == ["GARDO", "no cure", "control", "judge, summed"]
+    assert [row["gold per hps"] for row in table] == ["+0.67", "-0.50", "-", "-"]
 
 
 def test_early_stopping_is_the_run_without_a_cure_up_to_its_stopping_time(tmp_path):
