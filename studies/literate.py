@@ -12,6 +12,7 @@ Read next: citations.py
 """
 
 import ast
+import functools
 import re
 import shutil
 from dataclasses import dataclass
@@ -41,12 +42,18 @@ def page_name(path):
     return path.relative_to(ROOT).as_posix().replace("/", "-").replace(".py", ".html")
 
 
-def links(text, path):
-    """The text, escaped; names of our other files become links, `words` in backquotes code."""
+@functools.cache
+def places_near(folder):
+    """Name of a file, as a docstring in this folder may write it -> the file."""
     files = all_files()
     places = {other.relative_to(ROOT).as_posix(): other for other in files}
-    near = sorted(files, key=lambda other: other.parent == path.parent)  # of two, that of the room
-    places |= {other.name: other for other in near}
+    near = sorted(files, key=lambda other: other.parent == folder)  # of two, that of the room
+    return places | {other.name: other for other in near}
+
+
+def links(text, path):
+    """The text, escaped; names of our other files become links, `words` in backquotes code."""
+    places = places_near(path.parent)
 
     def link(match):
         other = places.get(match[0])

@@ -39,8 +39,8 @@ def test_the_cells_run(tmp_path, monkeypatch):
     shown.display = pictures.append
     monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", shown)
-    monkeypatch.setenv("STEPS", "2")
-    monkeypatch.setenv("PICTURES", "8")
+    monkeypatch.setenv("STEPS", "1")
+    monkeypatch.setenv("PICTURES", "4")
     monkeypatch.chdir(ROOT / "docs")  # where it is opened; it goes to the root itself
     space = {"shell": shell}
     for kind, part in notebook.cells(TEXT.replace("runs/notebook-", f"{tmp_path}/")):
