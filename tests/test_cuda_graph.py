@@ -44,6 +44,7 @@ class Recording(TorchDispatchMode):
         for storage, content in self.before.values():  # recording computes nothing
             storage.copy_(content)
 
+    @torch.autocast("cpu", enabled=False)  # what was written down has been cast already
     def replay(self):
         for function, args, kwargs, outs in self.calls:
             for old, new in zip(outs, tensors(function(*args, **kwargs))):
