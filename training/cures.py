@@ -133,7 +133,7 @@ def spread(advantages_N, images, group_size):
 def encode(policy, images):
     """Pictures -> their image tokens (N, T): for each patch the code with the largest cosine,
     because the decoder scales codes to length 1. (transformers' own `encode` compares without
-    scaling, and finds other codes.)"""
+    scaling: with codes of several lengths it finds others.)"""
     vq, normalize, ids = policy.model.model.vqmodel, torch.nn.functional.normalize, []
     codes = normalize(vq.quantize.embedding.weight, dim=1)
     pixels = policy.processor.image_processor(images, return_tensors="pt")["pixel_values"]
