@@ -2,6 +2,7 @@
 there."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -213,6 +214,19 @@ def test_the_plan_of_the_tiny_policy_counts_what_is_there(policy):
     # Keys and values, 4 layers of 128 numbers, 2 bytes, 128 pictures, 208 tokens.
     cache = 2 * 4 * 128 * 2 * 128 * (80 + 64 + 64)
     assert gigabytes["rollout: keys and values"] == pytest.approx(cache / 1e9)
+
+
+def test_the_plan_has_every_byte_of_the_frozen_weights(policy):
+    """As they are after the cast: matrices in bfloat16, but not those used in float32."""
+    rounded = dataclasses.replace(copy.deepcopy(policy), dtype=torch.bfloat16)
+    sharding.cast_frozen_weights(rounded)
+    frozen = [p for p in rounded.model.parameters() if not p.requires_grad]
+    there = sum(p.numel() * p.element_size() for p in frozen)
+    tiny = {"world_size": 1, "pictures": 128, "micro_batch": 64, "guided": False}
+    _, planned = plan("tiny", **tiny, lora_rank=0, checkpointing=False)
+    exact = planned["VQ model and image head, float32: 2 bytes more"] / 2  # of policy and reference
+    total = planned["frozen weights: 2 bytes (sharded: 4)"] + exact
+    assert there / 1e9 == pytest.approx(total, rel=0.02)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])

@@ -52,15 +52,16 @@ def meta_model(config):
 
 
 def count_parameters(config, lora_rank):
-    """Numbers of parameters: (all, trained, of the VQ model)."""
+    """Numbers of parameters: (all, trained, of the VQ model, of VQ model and image head)."""
     parameters = dict(meta_model(config).named_parameters())
     vq = sum(p.numel() for name, p in parameters.items() if "vqmodel" in name)
+    exact = vq + sum(p.numel() for name, p in parameters.items() if "generation_head" in name)
     names = [n for n in parameters if n.startswith(("model.language_model.", "lm_head."))]
     trained = sum(parameters[name].numel() for name in names)
     if lora_rank:
         adapted = [parameters[name].shape for name in names if name.endswith("_proj.weight")]
         trained = sum(lora_rank * sum(shape) for shape in adapted)
-    return sum(p.numel() for p in parameters.values()), trained, vq
+    return sum(p.numel() for p in parameters.values()), trained, vq, exact
 
 
 def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lora_rank,
@@ -68,7 +69,7 @@ def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lo
     """(counts, gigabytes), two dicts: what -> number. GB are those of one GPU.
 
     pictures: sampled at a time. thought, prompt: tokens. rewards: GB. copies: for cures."""
-    total, trained, vq = count_parameters(config, lora_rank)
+    total, trained, vq, exact = count_parameters(config, lora_rank)
     frozen = total if lora_rank else total - trained
     llama, T = config.text_config, config.vq_config.num_patches**2
     D, layers, length = llama.hidden_size, llama.num_hidden_layers, prompt + thought + T
@@ -91,6 +92,7 @@ def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lo
         "weights, gradients, Adam: 16 bytes for each trained parameter": 16 * trained / share,
         "frozen weights: 2 bytes (sharded: 4)": (4 if sharded else 2) * frozen / share,
         "reference policy: 2 bytes": 0 if lora_rank else 2 * total / share,
+        "VQ model and image head, float32: 2 bytes more": 2 * exact * (1 if lora_rank else 2),
         "autocast's copies: 2 bytes for each trained parameter": 0 if sharded else 2 * trained,
         "reward models in this process": rewards * 1e9,
         "copies for --cures: 4 bytes for each trained parameter": 4 * trained * copies,
@@ -111,14 +113,13 @@ def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lo
         "peak of the update": sum((state | update).values()),
     }
     counts = {"total": total, "trained": trained, "tokens of a picture": T}
-    parts = state | rollout | update | adam | peaks
-    return counts, {name: value / 1e9 for name, value in parts.items()}
+    return counts, {n: v / 1e9 for n, v in (state | rollout | update | adam | peaks).items()}
 
 
 def checkpoint_sizes(config, lora_rank):
     """GB of a checkpoint's files: (weights, optimizer). float32 weights, all of them, and with LoRA
     its matrices beside them; two moments of Adam for each trained parameter."""
-    total, trained, _ = count_parameters(config, lora_rank)
+    total, trained, *_ = count_parameters(config, lora_rank)
     return 4 * (total + (trained if lora_rank else 0)) / 1e9, 8 * trained / 1e9
 
 
