@@ -25,6 +25,10 @@ def picture(color=(200, 10, 10), side=8):
     return Image.new("RGB", (side, side), color)
 
 
+def tensor(*values):
+    return torch.tensor(values)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if shows_a_fault(item.originalname if hasattr(item, "originalname") else item.name):

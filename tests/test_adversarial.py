@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from conftest import tensor
 
 import adversarial_reward
 import generate
@@ -32,10 +33,6 @@ KINDS = ["adversarial", "adversarial-pickscore"]
 
 def make(kind="adversarial", **options):
     return rewards.load(kind, checkpoint="tiny", **options)
-
-
-def tensor(*values):
-    return torch.tensor(values)
 
 
 # --- what it is made of -------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import picture
+from conftest import picture, tensor
 
 import generate
 import grpo
@@ -25,10 +25,6 @@ from training.records import read_json, read_jsonl
 
 NAN = math.nan
 PROMPTS = ["a red circle", "a yellow star above a purple square"]
-
-
-def tensor(*values):
-    return torch.tensor(values)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from conftest import tensor
 
 import generate
 import grpo
@@ -14,10 +15,6 @@ from training import prompts as prompts_module
 from training.prompts import jobs_of_step, load_prompts, prompts_of_step
 
 NAN = float("nan")
-
-
-def tensor(*values):
-    return torch.tensor(values)
 
 
 # --- advantages ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.tensor
+from conftest import tensor
 
 import generate
 import grpo
@@ -20,10 +21,6 @@ from training.prompts import load_prompts
 
 NAN = float("nan")
 PROMPTS = ["a red circle", "a yellow star above a purple square"]
-
-
-def tensor(*values):
-    return torch.tensor(values)
 
 
 # --- the update ---------------------------------------------------------------------------------
