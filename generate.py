@@ -324,6 +324,11 @@ def gather_logprobs(logits_NTV, ids_NT):
     return logits.gather(-1, ids_NT[..., None])[..., 0] - logits.logsumexp(-1)
 
 
+def entropies(logits_NTV, ids_NT):
+    """Entropy of each token's distribution, nats; which token was sampled does not matter."""
+    return torch.special.entr(logits_NTV.float().softmax(-1)).sum(-1)
+
+
 def teacher_forced_hidden(policy, context, mask, continuation, continuation_mask=None):
     """Teacher forcing: feed all n tokens of the continuation at once. Returns the hidden states
     (N, n, D) from which each of them was sampled; the last token is not fed."""
@@ -336,30 +341,31 @@ def teacher_forced_hidden(policy, context, mask, continuation, continuation_mask
     return forward(policy, x, causal_mask(mask), positions)[:, -n:]
 
 
-def logprobs(policy, rollouts, cfg_weight=1.0):
+def logprobs(policy, rollouts, cfg_weight=1.0, read=gather_logprobs):
     """log pi(token | what came before) of exactly the tokens of these rollouts, differentiable.
 
     Returns (N, C+T) float32: the thought's tokens, then the picture's; valid where rollouts.mask.
     cfg_weight is that of the distribution: the sampler's own for on-policy learning; 1 for
-    the conditional branch alone, as T2I-R1 released it (see grpo.py, --guidance)."""
-    return policy.run_in_root_forward(token_logprobs, policy, rollouts, cfg_weight)
+    the conditional branch alone, as T2I-R1 released it (see grpo.py, --guidance). read: what is
+    wanted of each token's logits; `entropies` for something else than log-probabilities."""
+    return policy.run_in_root_forward(token_logprobs, policy, rollouts, cfg_weight, read)
 
 
-def token_logprobs(policy, rollouts, cfg_weight):
+def token_logprobs(policy, rollouts, cfg_weight, read):
     parts, thought_ids = [], rollouts.thought_ids
     with policy.autocast():
         if thought_ids.shape[1]:  # thoughts are never guided
             ids, mask = thought_context(policy, rollouts.prompts)
             context, thought = policy.embed_text(ids), policy.embed_text(thought_ids)
             hidden = teacher_forced_hidden(policy, context, mask, thought, rollouts.thought_mask)
-            parts.append(gather_logprobs(policy.model.lm_head(hidden), thought_ids))
+            parts.append(read(policy.model.lm_head(hidden), thought_ids))
         ids, mask = image_context(policy, rollouts.prompts, rollouts.thoughts)
         ids, mask = add_unconditional(policy, ids, mask, cfg_weight)
         picture = policy.model.prepare_embeddings_for_image_generation(rollouts.image_ids)
         picture = picture.repeat(len(ids) // len(rollouts), 1, 1)
         hidden = teacher_forced_hidden(policy, policy.embed_text(ids), mask, picture)
         logits = image_logits(policy, hidden, cfg_weight)
-        parts.append(gather_logprobs(logits, rollouts.image_ids))
+        parts.append(read(logits, rollouts.image_ids))
     return torch.cat(parts, 1)
 
 

@@ -209,10 +209,10 @@ def micro_batches(rollouts, cfg):
 
 
 @torch.no_grad()
-def all_logprobs(policy, rollouts, cfg):
-    cfg_weight = guidance_weights(cfg, policy)[1]
-    batches = micro_batches(rollouts, cfg)
-    return torch.cat([generate.logprobs(policy, rollouts[b], cfg_weight) for b in batches])
+def all_logprobs(policy, rollouts, cfg, read=generate.gather_logprobs):
+    weight = guidance_weights(cfg, policy)[1]
+    parts = (rollouts[b] for b in micro_batches(rollouts, cfg))
+    return torch.cat([generate.logprobs(policy, part, weight, read) for part in parts])
 
 
 def reference_logprobs(policy, reference, rollouts, cfg):
@@ -308,6 +308,8 @@ def train_step(policy, reference, rewards, optimizer, rollouts, rows, step, cfg,
     stopping.check_scores(scores | heldout_scores, needed, cfg.max_failures)
     G = cfg.num_generations
     total = reward_lib.combine(scores, rewards.weights, G, cfg.combine, rewards.multipliers)
+    entropies = lambda policy: all_logprobs(policy, rollouts, cfg, generate.entropies)
+    total = total + cure.entropy_bonus(policy, reference, entropies)
     clock("score")
 
     # --advantage global needs the rewards of all processes; a group never leaves its process.

@@ -206,6 +206,46 @@ def test_the_averaged_weights_are_tested_and_the_others_trained(policy):
     assert (trainable(trained)[0] - first).mean().item() == pytest.approx(2, abs=1e-4)
 
 
+# --- STAGE --------------------------------------------------------------------------------------
+
+
+def test_the_entropy_of_a_token_is_that_of_its_distribution():
+    logits = tensor([0.0, 0.0, 0.0, 0.0], [math.log(3.0), 0.0, -math.inf, -math.inf])[None]
+    quarters = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    got = generate.entropies(logits, torch.zeros(1, 2, dtype=torch.long))
+    assert got.tolist()[0] == pytest.approx([math.log(4), quarters])
+
+
+def test_the_bonus_is_largest_at_the_entropy_of_the_reference(policy, rollouts, config):
+    got = cures.entropy_closeness(tensor(2.0, 1.0, 3.5), tensor(2.0, 2.0, 2.0))
+    assert got.tolist() == pytest.approx([1.0, 0.5, 1 / 3.25])
+    sharper, cfg = copy.deepcopy(policy), config()
+    with torch.no_grad():  # logits times 3
+        sharper.model.model.generation_head.vision_head.weight.mul_(3)
+        sharper.model.model.generation_head.vision_head.bias.mul_(3)
+    entropies = lambda p: grpo.all_logprobs(p, rollouts, cfg, generate.entropies)
+    cure = Cure(Cures(entropy_bonus=0.4))
+    assert cure.entropy_bonus(policy, policy, entropies).tolist() == pytest.approx([0.4] * 8)
+    apart = (entropies(policy) - entropies(sharper))[:, -64:].mean(1)
+    expected = 0.4 / (1 + apart.square())
+    assert torch.allclose(cure.entropy_bonus(sharper, policy, entropies), expected)
+    assert expected.max() < 0.4 and cures.OFF.entropy_bonus(policy, policy, entropies) == 0.0
+
+
+def test_a_run_adds_the_bonus_to_its_total(policy, rollouts, config, monkeypatch):
+    """train_step: total = hps + bonus, and the advantages are of this total."""
+    cfg, rows = config(cures=Cures(entropy_bonus=0.4)), [{"prompt": prompt} for prompt in PROMPTS]
+    rewards = grpo.reward_lib.load_all(cfg, {"hps": 1.0}, [], rows)
+    bonus = torch.arange(8.0)
+    monkeypatch.setattr(cures, "entropy_closeness", lambda here, there: bonus)
+    trained = copy.deepcopy(policy)
+    parts = (trained, policy, rewards, grpo.make_optimizer(trained, cfg), rollouts, rows, 0, cfg)
+    scores, _ = grpo.train_step(*parts, lambda name: None, Cure(cfg.cures))
+    assert torch.allclose(scores["total"], scores["hps"] + 0.4 * bonus)
+    expected = grpo.group_advantages(scores["total"], 4)
+    assert torch.allclose(scores["advantage"], expected)
+
+
 # --- the data anchor ----------------------------------------------------------------------------
 
 
@@ -255,7 +295,7 @@ SMALL = (
     "--rewards hps --eval-rewards artifact,gold --num-generations 2 --prompts-per-step 2 "
     "--eval-images 4 --best-of 0 --eval-steps 2 --save-steps 2 --max-steps 4 --max-thought 40 "
     "--learning-rate 1e-3 --warmup-ratio 0 --device cpu --cures.gradient-penalty 1 "
-    "--cures.doubted-by artifact --cures.reference-steps 3 --cures.spread "
+    "--cures.doubted-by artifact --cures.reference-steps 3 --cures.spread --cures.entropy-bonus .4 "
     "--cures.data-weight .1 --cures.average .5 --run-name cured"
 ).split()
 

@@ -6,6 +6,8 @@ Each changes one place of the loop in grpo.py and leaves the rest alone:
     GARDO             arXiv:2512.24138   KL only where the reward is doubtful     doubtful
                                          the reference policy moves               Cure.reference
                                          pictures unlike the others count more    spread
+    entropy bonus     arXiv:2509.25027   reward for the reference's entropy       entropy_closeness
+                      (STAGE)
     data anchor       arXiv:2512.04332   likelihood of reference pictures         Cure.data
                       (DDRL)             instead of a KL
     weight average    Polyak averaging   the averaged policy is tested            Cure.tested
@@ -129,6 +131,17 @@ def spread(advantages_N, images, group_size):
     return torch.where(advantages_N > 0, advantages_N * factor, advantages_N)
 
 
+def entropy_closeness(entropy_N, reference_N):
+    """1 / (1 + (H_ref - H)^2), in (0, 1]: how near the mean entropy H of a picture's tokens is to
+    the reference policy's for the same tokens (STAGE, arXiv:2509.25027). A policy that becomes too
+    sure, or begins to guess, loses reward.
+
+    STAGE's code gives it to the best picture of a batch only (grpo_trainer.py:987, only_add_max)
+    and subtracts its mean over those: with a reward that has no ties nothing is left. We follow the
+    paper: each picture gets it; STAGE's weight is .4."""
+    return 1 / (1 + (reference_N - entropy_N).square())
+
+
 @torch.no_grad()
 def encode(policy, images):
     """Pictures -> their image tokens (N, T): for each patch the code with the largest cosine,
@@ -189,6 +202,15 @@ class Cure:
         """A context in which the policy has the weights that are tested: averaged ones, if any."""
         averaged = self.copies.get("average")
         return exchanged(policy, averaged) if averaged else contextlib.nullcontext()
+
+    def entropy_bonus(self, policy, reference, entropies):
+        """What is added to the reward, (N,) or 0. entropies(policy): of all tokens, (N, S)."""
+        if not self.flags.entropy_bonus:
+            return 0.0
+        of_picture = lambda policy: entropies(policy)[:, -(policy.grid**2) :].mean(1).cpu()
+        with self.reference(policy, reference) as original:
+            wanted = of_picture(original)
+        return self.flags.entropy_bonus * entropy_closeness(of_picture(policy), wanted)
 
     def betas(self, beta, total, scores, group_size):
         """The weight of the KL, for each rollout (N,)."""

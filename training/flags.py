@@ -31,6 +31,8 @@ class Cures:
     reference_steps: int = 0
     spread: bool = False  # GARDO: positive advantages times the distance to the nearest picture
     data_weight: float = 0.0  # likelihood of reference pictures (--references) in the loss
+    # STAGE: added to the reward: this, times 1 / (1 + (entropy of the reference - entropy)^2)
+    entropy_bonus: float = 0.0
     average: float = 0.0  # decay of an average of the weights, such as .95; the tests measure it
 
     def copies(self):
