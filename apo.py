@@ -14,6 +14,7 @@ Most candidates are bad, and finding them should not need the judge on every pic
 the best few with few judge calls is in evaluation/best_arm.py; `--select` has four ways.
 
 Run:   python apo.py                  the tiny world: three seeds, two ways to select, 4 minutes
+       python apo.py --rubric 5       also learn weights for up to five of the questions
        python apo.py --data FOLDER --checkpoint none --judge-url http://127.0.0.1:8000/v1
 
 You should see:  accuracy on the test split of the first question, then of the optimised one, with
@@ -40,11 +41,11 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from artifact_reward import judge_images, read_question
-from evaluation import pages
+from artifact_reward import judge_images, parse_rubric, read_question
+from evaluation import pages, rubric
 from evaluation.answers import Answers
 from evaluation.best_arm import SELECT, Race, log_likelihoods
-from evaluation.labels import compare, load_examples, with_intervals
+from evaluation.labels import compare, load_examples, mistakes, with_intervals
 from evaluation.tables import interval, markdown
 from reward_models.judge import DEFAULT_URL, LocalJudge, ServedJudge
 from tiny_world.questions import ScriptedEditor
@@ -74,6 +75,9 @@ class Config:
     )
     budget: float = 0.35  # judge calls of a round, as a share of those of "full"
     seeds: tuple[int, ...] = (0, 1, 2)  # one search each
+    rubric: int = (
+        0  # also learn weights for up to this many of the questions (evaluation/rubric.py)
+    )
     checkpoint: str = "tiny"  # judge in this process: "tiny", a folder, a hub name; none: a server
     judge_url: JudgeUrls = ()  # judge server; again for more
     judge_model: str | None = None  # the served model's name [the first that is served]
@@ -103,9 +107,8 @@ class CachedJudge:
         last = dict(zip(keys, range(len(keys))))
         missing = [i for key, i in last.items() if math.isnan(self.memory.number(key))]
         self.calls += len(missing)
-        for start in bar(
-            range(0, len(missing), 64), "judging"
-        ):  # saved as it goes: a stop loses few answers
+        starts = range(0, len(missing), 64)
+        for start in bar(starts, "judging"):  # saved as it goes: a stop loses few answers
             batch = missing[start : start + 64]
             images = [self.open(examples[i]) for i in batch]
             for i, score in zip(batch, judge_images(self.judge, question, images)):
@@ -185,6 +188,8 @@ def refusal(question):
     words = {word.strip(".,:;!?\"'()/").lower() for word in question.replace("/", " ").split()}
     if not words:
         return "empty"
+    if parse_rubric(question) != [(1.0, question)]:
+        return "a rubric, and not one question"
     if len(question) > LONGEST:
         return f"longer than {LONGEST} characters"
     return None if {"yes", "no"} <= words else "does not ask for yes or no"
@@ -277,6 +282,8 @@ def check_numbers(cfg):
         if getattr(cfg, name) < 1:
             flag = name.replace("_", "-")
             usage_error(f"--{flag} {getattr(cfg, name)}: must be 1 or more")
+    if cfg.rubric < 0:
+        usage_error(f"--rubric {cfg.rubric}: how many questions at most; 0 for none")
     if not 0 < cfg.budget <= 1:
         usage_error(f"--budget {cfg.budget}: a share of the calls of full, above 0, at most 1")
     if not (cfg.seeds and cfg.select):
@@ -301,6 +308,12 @@ def main(cfg):
             before, after = cached(first, data["test"]), cached(best, data["test"])  # only here
             result = {"select": how, "seed": seed, **calls, "refused": refused, "question": best}
             result |= compare(before, after, data["test"])
+            if cfg.rubric:
+                texts, file = (
+                    [node["question"] for node in tree],
+                    out / f"{how}_seed{seed}/rubric.txt",
+                )
+                result |= rubric.learn(texts, cached, data, cfg.rubric, file)
             save(out / f"{how}_seed{seed}", result, tree, rounds, after, data["test"], first)
             results.append(result)
     hidden = ("refused", "question", "asked")
@@ -311,11 +324,13 @@ def main(cfg):
         for measure in ("accuracy", "pairs"):
             gains = [run[f"{measure} after"][0] - run[f"{measure} before"][0] for run in runs]
             gain, width = interval(gains)
-            result = f"{measure} {gain:+.3f} ± {width:.3f} over {len(runs)} seeds"
+            result = f"{measure} {gain:+.3f}"
+            if len(runs) > 1:
+                result += f" ± {width:.3f} over {len(runs)} seeds"
             print(f"{how}: {result}, {calls:.0f} judge calls a search")
     print(f"questions, histories and pages are in {out}/*/; train with one of them:")
-    question = f"{out}/{cfg.select[-1]}_seed{cfg.seeds[0]}/question.txt"
-    print(f"    torchrun grpo.py --question {question}")
+    question = f"{cfg.select[-1]}_seed{cfg.seeds[0]}/{'rubric' if cfg.rubric else 'question'}.txt"
+    print(f"    torchrun grpo.py --question {out}/{question}")
 
 
 # --- what a search leaves behind ----------------------------------------------------------------
@@ -349,25 +364,6 @@ def save(folder, result, tree, rounds, p_broken, examples, first):
     title = f"{result['select']}, seed {result['seed']}: {result['question']}"
     with atomic(folder / "report.html") as file:
         file.write(pages.page(title, pages.sections(tables)))
-
-
-def mistakes(p_broken, examples, n=40):
-    """Tables of the test pictures: confusion, and the worst mistakes."""
-    broken, known = np.array([e["broken"] for e in examples]), np.isfinite(p_broken)
-    called = np.where(known, p_broken > 0.5, -1)
-    names = {0: "called clean", 1: "called broken", -1: "no answer"}
-    confusion = [
-        {"test pictures": truth}
-        | {name: int((called[mask] == value).sum()) for value, name in names.items()}
-        for truth, mask in (("clean", ~broken), ("broken", broken))
-    ]
-    wrong = [i for i in np.argsort(-abs(p_broken - broken)) if known[i] and called[i] != broken[i]]
-    worst = []
-    for i in wrong[:n]:
-        row = {"picture": open_picture(examples[i]["path"]), "prompt": examples[i]["prompt"]}
-        row["it is"] = "broken" if broken[i] else "clean"
-        worst.append(row | {"P(broken)": float(p_broken[i])})
-    return {"Confusion": confusion, "Still judged wrongly, worst first": worst}
 
 
 if __name__ == "__main__":

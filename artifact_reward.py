@@ -116,8 +116,24 @@ def read_question(text):
     return question.strip()
 
 
+def parse_rubric(text):
+    """A question, or a rubric: lines "0.62 question", as `apo.py --rubric` writes them ->
+    [(weight, question)]; the weights sum to 1.
+
+    >>> parse_rubric("0.3 Is it torn? yes or no\\n0.1 Is it noisy? yes or no")
+    [(0.75, 'Is it torn? yes or no'), (0.25, 'Is it noisy? yes or no')]"""
+    lines = [re.fullmatch(r"(\d*\.\d+)\s+(.+)", line.strip()) for line in text.splitlines()]
+    if not all(lines):
+        return [(1.0, text)]
+    total = sum(float(line[1]) for line in lines)
+    if not total:
+        usage_error(f"--question {text[:200]!r}: all weights of this rubric are 0")
+    return [(float(line[1]) / total, line[2]) for line in lines]
+
+
 class ArtifactReward:
-    """P(no artifact) by a vision-language judge; it sees the picture, never the prompt.
+    """P(no artifact) by a vision-language judge; it sees the picture, never the prompt. With a
+    rubric, the weighted mean over its questions (AutoRubric-T2I, arXiv:2605.17602).
 
     checkpoint: a Qwen2.5-VL to load into this process. Without it, or with judge_urls, an
     OpenAI-compatible server is asked."""
@@ -153,15 +169,23 @@ class ArtifactReward:
 
     def __call__(self, prompts, images, metadata=None):
         """(N,) float32 in [0, 1]; NaN where the judge gave no answer."""
-        return torch.tensor(judge_images(self.judge, self.question, list(images)))
+        return torch.tensor([score for score, _ in self.answers(list(images))])
+
+    def answers(self, images):
+        """(score, [first answer tokens to each question]) of each picture."""
+        weights, questions = zip(*parse_rubric(self.question))
+        found = [judge_answers(self.judge, question, images) for question in questions]
+        return [
+            (sum(weight * score for weight, (score, _) in zip(weights, own)), [a for _, a in own])
+            for own in zip(*found)
+        ]
 
     def check(self, prompts=()):
         """Before anything is trained on this judge, it must answer yes or no, and score a picture
         that is obviously broken below a clean one. This finds a wrong model, one that thinks aloud
         first, or a server that ignores pictures, at once."""
-        answers = judge_answers(self.judge, self.question, sanity_images())
-        (clean, _), (broken, _) = answers
-        share = min(answer_share(answer) for _, answer in answers)
+        (clean, answers), (broken, others) = self.answers(sanity_images())
+        share = min(map(answer_share, answers + others))
         if clean - broken >= SANITY_MARGIN and share >= SANITY_SHARE:
             return
         usage_error(
@@ -214,9 +238,10 @@ def main(cfg):
     rows = []
     for path in cfg.images:
         image = open_picture(path)
-        ((score, answer),) = judge_answers(reward.judge, reward.question, [image])
+        ((score, answers),) = reward.answers([image])
         print(f"{score:.4f}  {path}")
-        said = ", ".join(f"{token!r} {math.exp(logprob):.3f}" for token, logprob in answer[:6])
+        shown = [", ".join(f"{t!r} {math.exp(p):.3f}" for t, p in answer[:6]) for answer in answers]
+        said = "; ".join(shown)
         row = {"picture": image or "", "file": path, "first answer tokens": said, "score": score}
         rows.append(row)
     for reason, count in reward.failures.items():

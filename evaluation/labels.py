@@ -11,7 +11,7 @@ import numpy as np
 
 from evaluation.best_arm import log_likelihoods
 from evaluation.tables import bootstrap
-from training.decode import SUFFIXES
+from training.decode import SUFFIXES, open_picture
 from training.files import usage_error
 from training.records import read_jsonl
 
@@ -150,3 +150,22 @@ def compare(before, after, examples):
 
     low, high = bootstrap(gain, [example["prompt"] for example in examples], draws=200)
     return rows | {"gain": (gain(np.arange(len(examples))), low, high)}
+
+
+def mistakes(p_broken, examples, n=40):
+    """Tables of the test pictures: confusion, and the worst mistakes."""
+    broken, known = np.array([e["broken"] for e in examples]), np.isfinite(p_broken)
+    called = np.where(known, p_broken > 0.5, -1)
+    names = {0: "called clean", 1: "called broken", -1: "no answer"}
+    confusion = [
+        {"test pictures": truth}
+        | {name: int((called[mask] == value).sum()) for value, name in names.items()}
+        for truth, mask in (("clean", ~broken), ("broken", broken))
+    ]
+    wrong = [i for i in np.argsort(-abs(p_broken - broken)) if known[i] and called[i] != broken[i]]
+    worst = []
+    for i in wrong[:n]:
+        row = {"picture": open_picture(examples[i]["path"]), "prompt": examples[i]["prompt"]}
+        row["it is"] = "broken" if broken[i] else "clean"
+        worst.append(row | {"P(broken)": float(p_broken[i])})
+    return {"Confusion": confusion, "Still judged wrongly, worst first": worst}

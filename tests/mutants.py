@@ -41,8 +41,8 @@ TARGETS = [  # (file, its functions, the tests that must notice)
     ("training/optimizer.py", "learning_rate make_optimizer", f"{METHOD} {UPDATE}"),
     (
         "training/cures.py",
-        "flatten_gradient win_rates doubtful spread encode exchange Cure.__init__ Cure.betas "
-        "Cure.data Cure.after_step",
+        "flatten_gradient win_rates doubtful spread entropy_closeness encode exchange "
+        "Cure.__init__ Cure.betas Cure.entropy_bonus Cure.data Cure.after_step",
         "tests/test_cures.py --deselect "
         "tests/test_cures.py::test_a_run_with_all_cures_resumes_as_if_nothing_had_happened",
     ),
@@ -75,6 +75,8 @@ TARGETS = [  # (file, its functions, the tests that must notice)
         "tests/test_best_arm.py",
     ),
     ("evaluation/labels.py", "measures", "tests/test_apo.py"),
+    ("evaluation/rubric.py", "pair_differences fit choose learn", "tests/test_rubric.py"),
+    ("artifact_reward.py", "parse_rubric ArtifactReward.answers", "tests/test_rubric.py"),
     ("apo.py", "refusal expand optimize CachedJudge.__call__", "tests/test_apo.py"),
     (
         "adversarial_reward.py",
