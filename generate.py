@@ -38,9 +38,10 @@ from training import cuda_graph
 from training.files import fingerprint, usage_error
 from training.pictures import write_pictures
 from training.pipelines import pipeline_sampler
-from training.policy import as_letters, checkpoint_folder, load_policy
+from training.policy import as_letters, load_policy
 from training.processes import pick_device
 from training.prompts import load_prompts
+from training.run_folder import checkpoint_folder
 from training.sharding import cast_frozen_weights
 
 # Shapes:  N rollouts   L context tokens (padded on the left)   C thought tokens   T image tokens

@@ -374,7 +374,7 @@ def load_policies(cfg, checkpoint=None):
         policy = generate.load_policy(cfg.model, "cpu", dtype)
         sharding.add_lora(policy, cfg.lora_rank, cfg.seed)
         if checkpoint:
-            sharding.load_lora(policy, checkpoint)
+            sharding.load_lora(policy.adapter, checkpoint)
         sharding.cast_frozen_weights(policy).model.to(device)
         reference = None
     else:

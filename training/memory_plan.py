@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from transformers import JanusConfig, JanusForConditionalGeneration
 
-from training.files import ROOT, usage_error
+from training.files import usage_error
+from training.policy import adapter_base
+from training.run_folder import checkpoint_folder
 from training.weights import load_part
 
 NODE = 8  # GPUs of a node: weights are sharded within one
@@ -26,11 +28,12 @@ JANUS_PRO = {
 
 
 def janus_config(name):
-    """The configuration of a Janus: "tiny", a folder, or one of the two that are published."""
+    """The configuration of a Janus: what --model takes, or one of the two that are published."""
     known = JANUS_PRO.get(Path(name).name)
     if known is None:
-        tiny = ROOT / "tiny_world/checkpoints/policy"
-        return load_part(JanusConfig, tiny if name == "tiny" else name)
+        folder = checkpoint_folder(name)
+        base = adapter_base(folder)
+        return janus_config(base) if base else load_part(JanusConfig, str(folder))
     width = known["hidden_size"]
     text = dict(known, model_type="llama", vocab_size=102400, max_position_embeddings=16384)
     heads = width // 128
@@ -117,10 +120,10 @@ def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lo
 
 
 def checkpoint_sizes(config, lora_rank):
-    """GB of a checkpoint's files: (weights, optimizer). float32 weights, all of them, and with LoRA
-    its matrices beside them; two moments of Adam for each trained parameter."""
+    """GB of a checkpoint's files: (weights, optimizer). float32 weights, with LoRA its matrices
+    alone; two moments of Adam for each trained parameter."""
     total, trained, *_ = count_parameters(config, lora_rank)
-    return 4 * (total + (trained if lora_rank else 0)) / 1e9, 8 * trained / 1e9
+    return 4 * (trained if lora_rank else total) / 1e9, 8 * trained / 1e9
 
 
 def plan_of(cfg, world_size, rewards):

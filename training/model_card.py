@@ -35,7 +35,7 @@ def model_card(folder, step):
         model_name=folder.name,
         base_model=None if tiny or Path(flags["model"]).exists() else flags["model"],
         license="mit" if tiny else None,
-        library_name="transformers",
+        library_name="peft" if flags.get("lora_rank") else "transformers",
         pipeline_tag="text-to-image",
         tags=["grpo", "reinforcement-learning", "reward-hacking"],
         eval_results=results,

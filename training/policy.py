@@ -11,7 +11,8 @@ import torch
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
 from training.files import ROOT, usage_error
-from training.run_folder import checkpoints
+from training.run_folder import checkpoint_folder
+from training.sharding import merge_lora
 from training.weights import load_model, load_part, readable
 
 # On a Hopper GPU torch 2.13 would choose cuDNN's attention. Its gradient is sometimes NaN under a
@@ -27,6 +28,7 @@ class Policy:
     processor: JanusProcessor
     reasoning: str  # the instruction that asks for a thought; {} stands for the prompt
     dtype: torch.dtype  # of the arithmetic; trained weights are float32
+    name: str = ""  # as --model names it
     cuda_graph: bool = True  # sampling on a GPU: see training/cuda_graph.py
     adapter: object = None  # with LoRA: peft's wrapper of the same model
 
@@ -52,30 +54,32 @@ class Policy:
 
     def save(self, folder, state=None):
         """Write a folder that load_policy and JanusForConditionalGeneration.from_pretrained open.
-        state: the full weights, where the model itself holds only shards."""
-        self.model.save_pretrained(folder, state_dict=state)
-        # save_pretrained notes the type of the first weight, which may be a frozen bfloat16 one.
-        # from_pretrained would then round all the others to it.
-        self.model.config.dtype = torch.float32
-        self.model.config.save_pretrained(folder)
+        state: the full weights, where the model itself holds only shards. With LoRA: the matrices
+        alone, as peft's PeftModel.from_pretrained(base, folder) takes them."""
+        if self.adapter:
+            self.adapter.save_pretrained(folder, save_embedding_layers=False)  # as in load_lora
+        else:
+            self.model.save_pretrained(folder, state_dict=state)
+            # save_pretrained notes the type of the first weight, which may be a frozen bfloat16
+            # one. from_pretrained would then round all the others to it.
+            self.model.config.dtype = torch.float32
+            self.model.config.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         (Path(folder) / "reasoning.txt").write_text(self.reasoning + "\n", encoding="utf-8")
 
 
-def checkpoint_folder(name):
-    """Where the weights of --model are: in a run folder the last checkpoint, else as named."""
-    path = ROOT / "tiny_world/checkpoints/policy" if name == "tiny" else Path(name)
-    return [path, *checkpoints(path)][-1]
+def adapter_base(folder):
+    """The model to which the LoRA in this folder is to be added, if a LoRA (as peft writes it) is
+    all that it holds; else None."""
+    file = folder / "adapter_config.json"
+    if not file.is_file() or (folder / "config.json").is_file():
+        return None
+    with readable(folder):
+        return str(Path(json.loads(file.read_text())["base_model_name_or_path"]))
 
 
-def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_image_head=False):
-    """Load a Janus in the Hugging Face format: a folder, a hub name, or "tiny" (shipped with us).
-
-    The weights are float32 whatever `dtype` is: at a learning rate of 1e-6 a bfloat16 weight never
-    moves (its spacing is 1/256 of its size). As in T2I-R1 the language model with its text head is
-    trained; vision tower, aligners, image embeddings, image head and VQ model stay frozen. Exit
-    code 2 if there is no such checkpoint, or if it does not fill the model."""
-    path = checkpoint_folder(name_or_path)
+def check_janus(name_or_path, path):
+    """Exit code 2 if this is no Janus in the Hugging Face format, as far as can be seen."""
     if (path / "config.json").is_file():
         with readable(f"--model {name_or_path}"):
             kind = json.loads((path / "config.json").read_text()).get("model_type")
@@ -92,9 +96,26 @@ def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_im
             f"--model {name_or_path}: is in DeepSeek's own format; the same weights in that of "
             f"transformers are {name_or_path.replace('deepseek-ai', 'deepseek-community')}"
         )
-    source = path if path.is_dir() else name_or_path
-    model = load_model(JanusForConditionalGeneration, source, dtype=torch.float32)
-    processor = load_part(JanusProcessor, source)
+
+
+def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_image_head=False):
+    """Load a Janus in the Hugging Face format: a folder, a hub name, or "tiny" (shipped with us);
+    or the folder of a LoRA, which is added to the weights of its base model.
+
+    The weights are float32 whatever `dtype` is: at a learning rate of 1e-6 a bfloat16 weight never
+    moves (its spacing is 1/256 of its size). As in T2I-R1 the language model with its text head is
+    trained; vision tower, aligners, image embeddings, image head and VQ model stay frozen. Exit
+    code 2 if there is no such checkpoint, or if it does not fill the model."""
+    path = checkpoint_folder(name_or_path)
+    base = adapter_base(path)
+    if base:
+        policy = load_policy(base, "cpu", dtype)
+        model, processor = merge_lora(policy.model, path), policy.processor
+    else:
+        check_janus(name_or_path, path)
+        source = path if path.is_dir() else name_or_path
+        model = load_model(JanusForConditionalGeneration, source, dtype=torch.float32)
+        processor = load_part(JanusProcessor, source)
     own = path / "reasoning.txt"  # a checkpoint may bring the instruction that it was trained with
     reasoning = own if own.is_file() else ROOT / "prompts/reasoning.txt"
     trained = ("model.language_model.", "lm_head.")
@@ -102,7 +123,8 @@ def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_im
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(trained))
     model.to(device).eval()
-    return Policy(model, processor, reasoning.read_text(encoding="utf-8").strip(), dtype)
+    reasoning = reasoning.read_text(encoding="utf-8").strip()
+    return Policy(model, processor, reasoning, dtype, name=name_or_path)
 
 
 def trainable(policy):

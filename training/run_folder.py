@@ -4,7 +4,8 @@
                   metrics.jsonl          a line for each step;  test.jsonl  a line for each test
                   rollouts/, tests/      every picture's scores
                   samples/               the fixed prompts through training
-                  checkpoints/step-*/    the policy, for from_pretrained, and what a resume needs
+                  checkpoints/step-*/    the policy, for from_pretrained (with LoRA: for peft),
+                                         and what a resume needs
 
 Read next: model_card.py
 """
@@ -26,7 +27,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from training.files import ROOT, atomic, usage_error, without_password
+from training.files import ROOT, atomic, fingerprint, usage_error, without_password
 from training.model_card import model_card
 from training.processes import broadcast, end_processes, gather, pick_device, rank, world_size
 from training.records import read_json, read_jsonl, write_jsonl
@@ -50,6 +51,12 @@ def checkpoints(folder):
             os.replace(old, final)
     found = place.glob("step-*")
     return sorted(path for path in found if re.fullmatch(r"step-\d{6,}", path.name))
+
+
+def checkpoint_folder(name):
+    """Where the weights of --model are: in a run folder the last checkpoint, else as named."""
+    path = ROOT / "tiny_world/checkpoints/policy" if name == "tiny" else Path(name)
+    return [path, *checkpoints(path)][-1]
 
 
 def crc32(path):
@@ -232,6 +239,7 @@ def flags_of(cfg):
 def inputs_of(cfg, rewards):
     """What a run reads besides its flags, as texts that change with the contents."""
     inputs = {name: reward.identity for name, reward in rewards.items()}
+    inputs["model"] = fingerprint(checkpoint_folder(cfg.model))  # of a hub name always the same
     for flag in ("prompts", "test_prompts"):
         path = Path(getattr(cfg, flag))
         inputs[flag] = f"crc32 {crc32(path):08x}" if path.is_file() else str(path)
@@ -292,7 +300,7 @@ class Run:
         that an exact resume needs. Written under another name and renamed when complete, so that a
         kill leaves the previous checkpoint whole. All processes must call it. Returns its path. If
         it cannot be written, the run ends with exit code 3."""
-        weights = full_model_state(self.policy)
+        weights = None if self.policy.adapter else full_model_state(self.policy)
         tensors = {"optimizer": full_optimizer_state(self.policy, self.optimizer)}
         tensors |= {name: r.state_dict() for name, r in self.rewards.adversaries.items()}
         tensors |= self.cure.copies
@@ -322,9 +330,6 @@ class Run:
     def write(self, folder, weights, tensors):
         folder.mkdir(parents=True)
         self.policy.save(folder, weights)
-        if self.policy.adapter:  # in a folder of its own: from_pretrained would add it again
-            # Embeddings are not trained. Left to itself, peft would ask the hub whether they are.
-            self.policy.adapter.save_pretrained(folder / "lora", save_embedding_layers=False)
         if "average" in self.cure.copies:
             with self.cure.tested(self.policy):
                 self.policy.save(folder / "average")

@@ -123,19 +123,34 @@ def add_lora(policy, rank, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         policy.adapter = get_peft_model(policy.model, config)
+    policy.adapter.peft_config["default"].base_model_name_or_path = policy.name
     return policy
 
 
-def load_lora(policy, checkpoint):
-    """The matrices that a checkpoint keeps beside the merged weights."""
+def load_lora(adapter, folder):
+    """The matrices of a checkpoint into peft's wrapper of the model."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    file = checkpoint / "lora/adapter_model.safetensors"
+    file = folder / "adapter_model.safetensors"
     with readable(file):
-        state, own = load_file(file), get_peft_model_state_dict(policy.adapter)
+        # Embeddings are not trained. Left to itself, peft would ask the hub whether they are.
+        own = get_peft_model_state_dict(adapter, save_embedding_layers=False)
+        state = load_file(file)
         check_fit(file, own.keys() - state.keys(), state.keys() - own.keys(), [])
-        set_peft_model_state_dict(policy.adapter, state)
+        set_peft_model_state_dict(adapter, state)
+
+
+def merge_lora(model, folder):
+    """In place: add the product of the matrices in this folder to the model's weights."""
+    from peft import LoraConfig, get_peft_model
+
+    with readable(folder):
+        config = LoraConfig.from_pretrained(str(folder))
+        config.base_model_name_or_path = None  # or peft would compare the two names
+        adapter = get_peft_model(model, config)
+    load_lora(adapter, folder)
+    return adapter.merge_and_unload()
 
 
 @contextlib.contextmanager
@@ -153,17 +168,9 @@ def as_reference(policy, reference):
 
 
 def full_model_state(policy):
-    """name -> tensor, as from_pretrained reads it: shards gathered, LoRA's product added to the
-    weights. All processes must call it; only rank 0 gets the tensors.
-
-    Not peft's merge_adapter: it changes the weights in place, and in bfloat16 its inverse does not
-    restore them."""
-    state = get_model_state_dict(policy.model, options=FULL)
-    for name, module in policy.model.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            weight = module.base_layer.weight + module.get_delta_weight("default")
-            state[f"{name}.base_layer.weight"] = weight.detach().cpu()
-    return {n.replace(".base_layer", ""): v for n, v in state.items() if ".lora_" not in n}
+    """name -> tensor, as from_pretrained reads it: shards gathered. All processes must call it;
+    only rank 0 gets the tensors."""
+    return get_model_state_dict(policy.model, options=FULL)
 
 
 def full_optimizer_state(policy, optimizer):
