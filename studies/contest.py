@@ -35,6 +35,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import tyro
 from tqdm import tqdm
@@ -144,18 +145,29 @@ def measure(run):
         "tests": [{name: test[name] for name in names} for test in tests],
         "deviation": hacking.within_prompt_std(first, "hps"),
         "seconds": sum(seconds),
-        "stop": stopping_time(run, tests),
+        "alarms": alarm_steps(run),
+        "onset": hacking.onset(run),
         # Of the training steps' groups: a test draws too few pictures of each prompt.
         "diversity": [line["diversity"] for line in steps],
     }
 
 
-def stopping_time(run, tests):
+def alarm_steps(run):
+    """Alarm -> the step at which it went off first, or None; those that were measured."""
+    values = {name: alarm(run) for name, alarm in alarms.ALARMS.items()}
+    return {name: alarms.first_alarm(name, found) for name, found in values.items() if found}
+
+
+def first_step(alarm_steps):
+    """The step at which the first of them went off, or None."""
+    return min((step for step in alarm_steps.values() if step is not None), default=None)
+
+
+def stopping_time(run):
     """Early stopping without gold: the index of the last test before the first alarm goes off
     (evaluation/alarms.py; the judge is held out)."""
-    steps = [alarms.first_alarm(name, alarm(run)) for name, alarm in alarms.ALARMS.items()]
-    first = min((step for step in steps if step is not None), default=math.inf)
-    return max(i for i, test in enumerate(tests) if i == 0 or test["step"] < first)
+    first, tests = first_step(run["alarms"]), run["tests"]
+    return max(i for i, t in enumerate(tests) if i == 0 or first is None or t["step"] < first)
 
 
 # --- all runs -----------------------------------------------------------------------------------
@@ -168,7 +180,7 @@ def read_results(cfg):
         files = [result_file(cfg, cure, seed) for seed in range(1, cfg.seeds + 1)]
         results[cure] = [json.loads(file.read_text()) for file in files if file.is_file()]
     for run in results["no cure"]:
-        tests = run["tests"][: run["stop"] + 1]
+        tests = run["tests"][: stopping_time(run) + 1]
         share = tests[-1]["step"] / run["tests"][-1]["step"]
         results[STOPPED].append(run | {"tests": tests, "seconds": run["seconds"] * share})
     return {cure: results[cure] for cure in ["no cure", STOPPED, *CURES] if results[cure]}
@@ -219,6 +231,28 @@ def contest_table(results):
         row["gold per hps"] = f"{gold / proxy:+.2f}" if rose else "-"
         rows.append((-gold / proxy if rose else math.inf, row))
     return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+
+
+def detection_table(results):
+    """Do the alarms, which know no gold, find the runs that gold calls hacked? A row for each
+    alarm; a column for each kind of run: in how many it went off, and when, after the onset."""
+    runs = [(cure, run) for cure, found in results.items() if cure != STOPPED for run in found]
+    kinds = {"hacked": [run for _, run in runs if run["onset"] is not None]}
+    kinds["not hacked"] = [r for cure, r in runs if r["onset"] is None and cure != "control"]
+    kinds["control"] = results.get("control", [])
+    rows = []
+    for name in [*alarms.LIMITS, "any of them"]:
+        row = {"alarm": name, "limit": alarms.LIMITS.get(name, "")}
+        for kind, members in kinds.items():
+            steps = [r["alarms"] | {"any of them": first_step(r["alarms"])} for r in members]
+            known = [(r, step[name]) for r, step in zip(members, steps) if name in step]
+            off = [(r, step) for r, step in known if step is not None]
+            row[kind] = f"{len(off)} of {len(known)}"
+            if kind == "hacked":
+                delays = [step - r["onset"] for r, step in off]
+                row["after the onset (median)"] = f"{median(delays):+g} steps" if off else ""
+        rows.append(row)
+    return rows
 
 
 def draw_cures(axis, results, name):

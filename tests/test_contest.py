@@ -11,14 +11,15 @@ from studies import contest
 from training import checks
 
 
-def run(proxy, gold, stop=2, kl=(0.0, 4.0, 9.0)):
+def run(proxy, gold, kl=(0.0, 4.0, 9.0), onset=None, **alarms):
     """The numbers of a run with tests at steps 0, 10 and 20."""
     tests = [
         {"step": step, "kl": k, "hps": p, "gold": g, "gold-aligned": 1.0, "artifact-free": g}
         for step, k, p, g in zip((0, 10, 20), kl, proxy, gold)
     ]
     diversity = [0.2, 0.4] + [0.3] * 8 + [0.1] * 10
-    return {"tests": tests, "seconds": 120.0, "stop": stop, "diversity": diversity}
+    made = {"tests": tests, "seconds": 120.0, "diversity": diversity}
+    return made | {"alarms": alarms, "onset": onset}
 
 
 @pytest.mark.parametrize("cure", contest.CURES)
@@ -63,7 +64,7 @@ def test_gold_per_proxy_is_a_ratio_of_means_and_only_where_the_proxy_rose():
 
 def test_early_stopping_is_the_run_without_a_cure_up_to_its_stopping_time(tmp_path):
     cfg = contest.Config(seeds=1, results=str(tmp_path))
-    numbers = run((0.4, 0.5, 0.6), (0.6, 0.7, 0.3), stop=1)
+    numbers = run((0.4, 0.5, 0.6), (0.6, 0.7, 0.3), distance=20)
     contest.result_file(cfg, "no cure", 1).write_text(json.dumps(numbers))
     results = contest.read_results(cfg)
     assert list(results) == ["no cure", contest.STOPPED]
@@ -77,15 +78,42 @@ def test_a_result_is_filed_under_the_name_of_its_cure(tmp_path):
     assert len(names) == len(contest.CURES) and "kl_beta_.05_seed1.json" in names
 
 
-def test_the_stopping_time_is_the_last_test_before_the_first_alarm(monkeypatch):
+def test_the_stopping_time_is_the_last_test_before_the_first_alarm():
     tests = [{"step": step} for step in (0, 10, 20, 30)]
-    far = {"distance": {10: 0.5, 20: 2.5}, "parting": {15: 11.0, 20: 30.0}, "pictures": {}}
+    stop = lambda **alarms: contest.stopping_time({"tests": tests, "alarms": alarms})
+    assert stop(distance=20, parting=15, pictures=None) == 1
+    assert stop(distance=20, parting=None) == 1  # an alarm at a test: not that one
+    assert stop(distance=0) == 0  # never before the first test
+    assert stop(distance=None) == stop() == 3  # no alarm: the last test
+
+
+def test_the_first_step_of_each_alarm_is_kept_if_it_was_measured(monkeypatch):
+    far = {"distance": {10: 0.5, 20: 2.5}, "parting": {15: 1.0, 20: 3.0}, "pictures": {}}
     kinds = {name: lambda run, values=values: values for name, values in far.items()}
     monkeypatch.setattr(contest.alarms, "ALARMS", kinds)
-    assert contest.stopping_time("run", tests) == 1  # "parting" went off at step 15
-    kinds["parting"] = lambda run: {}
-    assert contest.stopping_time("run", tests) == 1  # "distance", at the test of step 20
-    kinds["distance"] = lambda run: {0: 9.0}
-    assert contest.stopping_time("run", tests) == 0  # never before the first test
-    kinds["distance"] = lambda run: {}
-    assert contest.stopping_time("run", tests) == 3  # no alarm: the last test
+    assert contest.alarm_steps("run") == {"distance": 20, "parting": None}
+
+
+def test_the_table_of_alarms_counts_runs_by_what_gold_says():
+    curve = (0.4, 0.5, 0.6), (0.6, 0.7, 0.3)
+    results = {
+        "no cure": [
+            run(*curve, onset=10, distance=20, pictures=30),
+            run(*curve, onset=10, distance=None, pictures=20),
+            run(*curve, distance=None),
+        ],
+        contest.STOPPED: [run(*curve, onset=10, distance=20)],  # of the same runs: not counted
+        "judge, summed": [run(*curve, onset=20, distance=30), run(*curve, distance=10)],
+        "control": [run(*curve, distance=None, pictures=None)],
+    }
+    table = {row.pop("alarm"): row for row in contest.detection_table(results)}
+    delay = "after the onset (median)"
+    assert table["distance"] == {
+        "limit": 2.0, "hacked": "2 of 3", delay: "+10 steps",
+        "not hacked": "1 of 2", "control": "0 of 1",
+    }  # fmt: skip
+    pictures = ("2 of 2", "+15 steps", "0 of 0", "0 of 1")
+    assert tuple(table["pictures"].values())[1:] == pictures
+    anything = ("3 of 3", "+10 steps", "1 of 2", "0 of 1")
+    assert tuple(table["any of them"].values())[1:] == anything
+    assert table["parting"]["hacked"] == "0 of 0" and table["parting"][delay] == ""
