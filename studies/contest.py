@@ -242,7 +242,7 @@ def detection_table(results):
     kinds["control"] = results.get("control", [])
     rows = []
     for name in [*alarms.LIMITS, "any of them"]:
-        row = {"alarm": name, "limit": alarms.LIMITS.get(name, "")}
+        row = {"alarm": name, "limit": f"{alarms.LIMITS[name]:g}" if name in alarms.LIMITS else ""}
         for kind, members in kinds.items():
             steps = [r["alarms"] | {"any of them": first_step(r["alarms"])} for r in members]
             known = [(r, step[name]) for r, step in zip(members, steps) if name in step]

@@ -109,7 +109,7 @@ def test_the_table_of_alarms_counts_runs_by_what_gold_says():
     table = {row.pop("alarm"): row for row in contest.detection_table(results)}
     delay = "after the onset (median)"
     assert table["distance"] == {
-        "limit": 2.0, "hacked": "2 of 3", delay: "+10 steps",
+        "limit": "2", "hacked": "2 of 3", delay: "+10 steps",
         "not hacked": "1 of 2", "control": "0 of 1",
     }  # fmt: skip
     pictures = ("2 of 2", "+15 steps", "0 of 0", "0 of 1")

@@ -1,28 +1,28 @@
-"""docs/hacking.ipynb is made from its source, and its cells run: here in a short form."""
+"""docs/hacking.ipynb is made from studies/hacking_notebook.md by jupytext (README.md has the
+command), and its cells run: here in a short form."""
 
-import json
 import re
 import subprocess
 import sys
 import types
 from pathlib import Path
 
-from studies import notebook
+import jupytext
+import nbformat
+
 from training.files import ROOT
 
-TEXT = notebook.SOURCE.read_text(encoding="utf-8")
+SOURCE = jupytext.read(ROOT / "studies/hacking_notebook.md").cells
 
 
 def test_the_notebook_is_that_of_its_source():
-    assert notebook.TARGET.read_text(encoding="utf-8") == notebook.notebook(TEXT)
-    made = json.loads(notebook.notebook(TEXT))
-    assert (made["nbformat"], made["nbformat_minor"]) == (4, 5)
-    kinds = [cell["cell_type"] for cell in made["cells"]]
-    assert kinds[:3] == ["markdown", "code", "markdown"] and kinds.count("code") >= 5
-    names = [cell["id"] for cell in made["cells"]]
-    assert len(set(names)) == len(names) and all(re.fullmatch(r"[\w-]{1,64}", n) for n in names)
-    lines = "".join("".join(cell["source"]) for cell in made["cells"])
-    assert "def " not in lines  # no copy of what the scripts hold
+    made = nbformat.read(ROOT / "docs/hacking.ipynb", as_version=4)
+    nbformat.validate(made)
+    contents = [(cell.cell_type, cell.source) for cell in made.cells]
+    assert contents == [(cell.cell_type, cell.source) for cell in SOURCE]
+    assert [kind for kind, _ in contents].count("code") >= 5
+    assert not any("def " in text for _, text in contents)  # no copy of what the scripts hold
+    assert made.metadata.kernelspec.name == "python3"
 
 
 def shell(command):
@@ -43,8 +43,9 @@ def test_the_cells_run(tmp_path, monkeypatch):
     monkeypatch.setenv("PICTURES", "4")
     monkeypatch.chdir(ROOT / "docs")  # where it is opened; it goes to the root itself
     space = {"shell": shell}
-    for kind, part in notebook.cells(TEXT.replace("runs/notebook-", f"{tmp_path}/")):
-        code = re.sub(r"^(\s*)!(.*)$", r"\1shell(f'''\2''')", part, flags=re.MULTILINE)
-        if kind == "code":
+    for cell in SOURCE:
+        text = cell.source.replace("runs/notebook-", f"{tmp_path}/")
+        code = re.sub(r"^(\s*)!(.*)$", r"\1shell(f'''\2''')", text, flags=re.MULTILINE)
+        if cell.cell_type == "code":
             exec(code, space)
     assert len(pictures) >= 5 and all(Path(path).stat().st_size > 0 for path in pictures)
