@@ -82,7 +82,7 @@ class References:
         """[(prompt, file name)] of either kind of file."""
         try:
             listed = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:  # more than one line: a manifest
+        except ValueError:  # more than one line: a manifest; or no text, which read_jsonl says
             listed = None
         if isinstance(listed, dict) and all(isinstance(names, list) for names in listed.values()):
             return [(prompt, name) for prompt, names in listed.items() for name in names]
@@ -162,8 +162,8 @@ class Adversarial:
             layers = (torch.nn.Linear(width, 512), torch.nn.GELU(), torch.nn.Linear(512, 1))
             self.head = torch.nn.Sequential(*layers).to(self.device)
         # beta1 = .5: the target moves, so a long memory would lag. lr: the released 1e-4 goes with
-        # nine updates, each on new pictures, for one of the policy. Ours are four on the same
-        # pictures, so D must learn faster.
+        # nine updates, each on new pictures, for one of the policy. Ours are four, on this
+        # step's pictures and on past ones, so D must learn faster.
         self.optimizer = torch.optim.Adam(self.head.parameters(), lr=1e-3, betas=(0.5, 0.999))
 
     def parameters(self):

@@ -18,11 +18,10 @@ Run:   python apo.py                  the tiny world: three seeds, two ways to s
        python apo.py --data FOLDER --checkpoint none --judge-url http://127.0.0.1:8000/v1
 
 You should see:  accuracy on the test split of the first question, then of the optimised one, with
-intervals, and the number of judge calls; runs/apo/*/question.txt and report.html.
+intervals, and how many answers of the judge that took; runs/apo/*/question.txt and report.html.
 
 The data are split by prompt. The test split is opened once, at the end. (The released code reports
-on the split it optimised on.) Each answer is kept on disk: the same command again
-makes no judge calls.
+on the split it optimised on.) Each answer is kept on disk: the same command again asks for none.
 
 Left out: the writing model in the tiny world. No model that small can write. A scripted editor
 (tiny_world/questions.py) proposes the changes; judge, mistakes, beam and selection are real.
@@ -55,6 +54,7 @@ from training.flags import JudgeUrls
 from training.processes import bar, pick_device
 from training.records import write_jsonl
 
+Method = Literal["full", "ucb", "successive-rejects", "successive-halving"]
 LONGEST = 1200  # characters of a question; a longer one is an essay
 
 
@@ -69,15 +69,12 @@ class Config:
     errors: int = 4  # mistakes shown for one reason
     max_expansion: int = 5  # new questions tried for each old one
     # how the beam is chosen; several ways run one after the other, to compare them
-    select: tuple[Literal["full", "ucb", "successive-rejects", "successive-halving"], ...] = (
-        "full",
-        "successive-rejects",
-    )
+    select: tuple[Method, ...] = ("full", "successive-rejects")
     budget: float = 0.35  # judge calls of a round, as a share of those of "full"
     seeds: tuple[int, ...] = (0, 1, 2)  # one search each
-    rubric: int = (
-        0  # also learn weights for up to this many of the questions (evaluation/rubric.py)
-    )
+    # also learn weights for up to this many of the questions (evaluation/rubric.py); each question
+    # is then asked about all training and validation pictures, whatever the budget
+    rubric: int = 0
     checkpoint: str = "tiny"  # judge in this process: "tiny", a folder, a hub name; none: a server
     judge_url: JudgeUrls = ()  # judge server; again for more
     judge_model: str | None = None  # the served model's name [the first that is served]
@@ -152,7 +149,7 @@ class Writer:
             (answer,) = self.served.ask([write])
             if answer:
                 self.judge.memory.save(key, answer)
-        return (answer or "").strip().strip('"').strip()
+        return " ".join((answer or "").split()).strip('" ')  # a question is one line
 
     def reason(self, question, mistakes, rng):
         shown = "\n".join(
@@ -242,7 +239,7 @@ def optimize(first, data, judge, writer, how, seed, cfg):
         measured = with_intervals(judge(beam[0], data["validation"]), data["validation"])
         about = {"round": number, "question": beam[0], "candidates": len(race.scores)}
         rounds.append(measured | about)
-        progress = f"accuracy {measured['accuracy'][0]:.3f}, {len(judge.used)} judge calls"
+        progress = f"accuracy {measured['accuracy'][0]:.3f}, {len(judge.used)} judge answers"
         print(f"  round {number}: validation {progress}  {beam[0]}", flush=True)
     # The best of the beam was chosen on training pictures: let the validation split decide.
     labels = np.array([example["broken"] for example in data["validation"]])
@@ -268,7 +265,7 @@ def load_writer(cfg, judge):
     """The served model that writes, or None for the scripted editor of the tiny world."""
     tiny = cfg.checkpoint == "tiny" and not (cfg.judge_url or cfg.writer_url)
     if cfg.writer == "scripted" or (cfg.writer == "auto" and tiny):
-        print("no tiny model can write: a scripted editor proposes the changes")
+        print("a scripted editor proposes the changes" + ": no tiny model can write" * tiny)
         return None
     if cfg.writer_url:
         return ServedJudge([cfg.writer_url], cfg.writer_model)
@@ -292,10 +289,11 @@ def check_numbers(cfg):
 
 def main(cfg):
     check_numbers(cfg)
-    first = read_question(cfg.question)
+    first = " ".join(read_question(cfg.question).split())  # one line, as a rubric needs it
     if refusal(first):
         usage_error(f"--question {first[:60]!r}: {refusal(first)}; ask for yes or no")
     data, out = load_examples(cfg.data), Path(cfg.output_dir)
+    rubric.check(data, cfg.rubric)
     judge, name = load_judge(cfg)
     served, results = load_writer(cfg, judge), []
     for seed in cfg.seeds:
@@ -308,13 +306,11 @@ def main(cfg):
             before, after = cached(first, data["test"]), cached(best, data["test"])  # only here
             result = {"select": how, "seed": seed, **calls, "refused": refused, "question": best}
             result |= compare(before, after, data["test"])
+            folder = out / f"{how}_seed{seed}"
             if cfg.rubric:
-                texts, file = (
-                    [node["question"] for node in tree],
-                    out / f"{how}_seed{seed}/rubric.txt",
-                )
-                result |= rubric.learn(texts, cached, data, cfg.rubric, file)
-            save(out / f"{how}_seed{seed}", result, tree, rounds, after, data["test"], first)
+                texts = [node["question"] for node in tree]
+                result |= rubric.learn(texts, cached, data, cfg.rubric, folder / "rubric.txt")
+            save(folder, result, tree, rounds, after, data["test"], first)
             results.append(result)
     hidden = ("refused", "question", "asked")
     print(markdown([{k: shown(v) for k, v in r.items() if k not in hidden} for r in results]))
@@ -327,7 +323,7 @@ def main(cfg):
             result = f"{measure} {gain:+.3f}"
             if len(runs) > 1:
                 result += f" ± {width:.3f} over {len(runs)} seeds"
-            print(f"{how}: {result}, {calls:.0f} judge calls a search")
+            print(f"{how}: {result}, {calls:.0f} judge answers a search")
     print(f"questions, histories and pages are in {out}/*/; train with one of them:")
     question = f"{cfg.select[-1]}_seed{cfg.seeds[0]}/{'rubric' if cfg.rubric else 'question'}.txt"
     print(f"    torchrun grpo.py --question {out}/{question}")

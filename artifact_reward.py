@@ -105,7 +105,10 @@ def read_question(text):
     if text is None:
         return None
     is_file = os.path.isfile(text)  # Path.is_file raises on a long text
-    question = Path(text).read_text(encoding="utf-8") if is_file else text
+    try:
+        question = Path(text).read_text(encoding="utf-8-sig") if is_file else text
+    except UnicodeDecodeError:
+        usage_error(f"--question {text}: this file is no text (UTF-8)")
     words = question.split()
     a_path = len(words) == 1 and "?" not in question or question.endswith(".txt")
     if not words or (a_path and not is_file):
@@ -122,9 +125,12 @@ def parse_rubric(text):
 
     >>> parse_rubric("0.3 Is it torn? yes or no\\n0.1 Is it noisy? yes or no")
     [(0.75, 'Is it torn? yes or no'), (0.25, 'Is it noisy? yes or no')]"""
-    lines = [re.fullmatch(r"(\d*\.\d+)\s+(.+)", line.strip()) for line in text.splitlines()]
-    if not all(lines):
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [re.fullmatch(r"(\d*\.\d+)\s+(.+)", line) for line in lines]
+    if not any(lines):
         return [(1.0, text)]
+    if not all(lines):
+        usage_error(f"--question {text[:200]!r}: a rubric needs a weight before each question")
     total = sum(float(line[1]) for line in lines)
     if not total:
         usage_error(f"--question {text[:200]!r}: all weights of this rubric are 0")
@@ -152,14 +158,15 @@ class ArtifactReward:
         else:
             self.judge = ServedJudge(list(judge_urls) or [DEFAULT_URL], judge_model)
         self.address = self.judge.address if self.remote else ""
-        default = Path(checkpoint or "") / "artifact.txt"  # a judge may bring its own question
-        if not (checkpoint and default.is_file()):
-            default = ROOT / "prompts/artifact.txt"
+        default = ROOT / "prompts/artifact.txt"
+        # A judge in this process may bring its own question. One on a server is another judge.
+        if not self.remote and (Path(checkpoint) / "artifact.txt").is_file():
+            default = Path(checkpoint) / "artifact.txt"
         self.question = read_question(question) or default.read_text(encoding="utf-8").strip()
 
     @property
     def failures(self):
-        """Why pictures got no score: a Counter of reasons."""
+        """Why pictures got no score: a Counter of reasons, for each question of a rubric."""
         return self.judge.failures
 
     @property
@@ -222,19 +229,14 @@ class Config:
     judge_url: JudgeUrls = ()  # judge server; again for more [the judge runs in this process]
     judge_model: str | None = None  # the served model's name [the first that is served]
     checkpoint: str = "tiny"  # judge in this process: "tiny", a folder, or a hub name
-    question: str | None = None  # a text or a file [the judge's artifact.txt, prompts/artifact.txt]
+    question: str | None = None  # a text or a file [artifact.txt of the judge, or of prompts/]
 
 
 def main(cfg):
     tiny = str(ROOT / "tiny_world/checkpoints/artifact")
     checkpoint = tiny if cfg.checkpoint == "tiny" else cfg.checkpoint
-    reward = ArtifactReward(
-        pick_device("auto")[0],
-        None if cfg.judge_url else checkpoint,
-        cfg.judge_url,
-        cfg.judge_model,
-        cfg.question,
-    )
+    source = (None if cfg.judge_url else checkpoint, cfg.judge_url, cfg.judge_model)
+    reward = ArtifactReward(pick_device("auto")[0], *source, cfg.question)
     rows = []
     for path in cfg.images:
         image = open_picture(path)

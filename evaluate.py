@@ -68,7 +68,7 @@ class Config:
     audit: tuple[str, ...] = ()  # run folders: was it hacked? exit code 4 if an alarm goes off
     summarize: tuple[str, ...] = ()  # result files of official scorers
     output: str = ""  # file of the scores or of the comparison [beside the pictures; compare.html]
-    model: str = "tiny"  # "tiny" for our reward checkpoints, "real" for the published ones
+    model: Literal["tiny", "real"] = "tiny"  # tiny: our reward checkpoints; real: the published
     judge_url: JudgeUrls = ()  # judge server; again for more [tiny: in this process]
     strict: bool = False  # a prompt without pictures is an error
 
@@ -141,12 +141,11 @@ def score_batch(batch, records, rewards):
 def score_table(records, names, by_tag=False):
     """Mean, standard error over prompts, n and failures of each score; with by_tag, one more row
     for each tag."""
-    groups = {"all": records}
+    groups, table = {}, []
     for record in records if by_tag else []:
         groups.setdefault(record["tag"] or "untagged", []).append(record)
-    table = []
     for name in names:
-        for tag, members in groups.items():
+        for tag, members in [("all", records), *groups.items()]:
             scores = [record[name] for record in members]
             center, error = mean_over_prompts(scores, [record["id"] for record in members])
             row = {"score": name, "prompts": tag, "mean": center, "standard error": error}

@@ -20,7 +20,7 @@ Run:   torchrun grpo.py --rewards hps,artifact    the tiny world: minutes on two
 You should see:  a progress bar with the rewards; every 10 steps a line with test scores, where hps
 rises, and gold, too; at the end runs/<name>/hacking.png and report.html.
 
-Left out: a value network, a KL in the reward, learned critics.   Read next: generate.py
+Left out: a value network, a KL in the reward.   Read next: generate.py
 """
 
 import math
@@ -60,7 +60,7 @@ class Config:
     cot: bool = True  # write a thought before drawing, and train the thought too
     max_thought: int | None = None  # its longest, in tokens [tiny: 64; else 128; t2i-r1: 1024]
     cfg_weight: float | None = None  # guidance weight w of sampling [tiny: 1, Janus-Pro: 5]
-    # log-probabilities guided as sampled (exact); cond: without (as released); none: both without
+    # guided: sample and score with guidance (exact); cond: score without (released); none: neither
     guidance: Literal["guided", "cond", "none"] | None = None  # [guided; t2i-r1: cond]
 
     seed: int = 42  # with step, prompt and sample number, all the randomness there is
@@ -224,10 +224,10 @@ def reference_logprobs(policy, reference, rollouts, cfg):
 
 
 def compute_gradient(policy, reference_NS, rollouts, advantages, betas, old, tokens, cfg, data):
-    """The gradient of the loss, a mean over the tokens of all processes (DAPO; with a mean per
-    process, as in T2I-R1, tokens beside long thoughts weigh less). old: log pi_old of each
-    micro-batch, or an empty list, which is filled. Returns this process' loss and number of tokens
-    out of the clip range."""
+    """The gradient of the loss, a mean over the tokens of all processes (DAPO; in T2I-R1 a mean per
+    process, where a token beside long thoughts counts less). old: log pi_old of each micro-batch,
+    or an empty list, which is filled. Returns this process' loss and number of tokens out of the
+    clip range."""
     mask, cfg_weight = rollouts.mask, guidance_weights(cfg, policy)[1]
     loss_sum, clipped = 0.0, 0
     policy.model.zero_grad()
@@ -283,8 +283,8 @@ def update_policy(
     kl, surprise = (torch.where(mask, values, 0.0).sum().item() for values in per_token)
     sums = processes.sum_over_processes([loss, clipped / tokens, kl, len(rollouts), surprise])
     return {
-        "loss": sums[0] / cfg.updates_per_rollout,
-        "clip_ratio": sums[1] / cfg.updates_per_rollout,
+        "loss": sums[0] / len(results),
+        "clip_ratio": sums[1] / len(results),
         "kl": sums[2] / sums[3],  # nats per rollout, of the policy that sampled: before the update
         "kl_per_token": sums[2] / tokens,
         "entropy": sums[4] / tokens,  # nats per token; with guidance="cond" a cross-entropy
@@ -358,7 +358,8 @@ def best_of_n_pool(policy, reference, rewards, rows, cfg):
         with sharding.as_reference(policy, reference) as original:
             rollouts = rollout(original, rows, [(i, k) for k in range(n)], -2, cfg)
         scores = reward_lib.score(rewards.all, rollouts.prompts, rollouts.images, [rows[i]] * n)
-        scores["total"] = reward_lib.combine(scores, rewards.weights, n)
+        how = "sum" if cfg.combine == "pareto" else cfg.combine  # pareto ranks only some of them
+        scores["total"] = reward_lib.combine(scores, rewards.weights, n, how, rewards.multipliers)
         pool += make_records(rows, rollouts, scores)
     return processes.gather(pool)
 

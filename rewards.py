@@ -103,10 +103,12 @@ def load(name, device="cpu", checkpoint=None, url=None, **options):
         if kind.checkpoint and not checkpoint.is_dir():
             usage_error(f"{name} has no tiny checkpoint; it works with a --model other than tiny")
     reward = kind(device=device, checkpoint=checkpoint, **options)
+    if getattr(reward, "remote", False):  # a judge on a server does not use it
+        checkpoint = None
     reward.identity = guards.identity(reward, name, checkpoint)
-    # Ours may also be named by its folder. A judge on a server does not use it.
+    # Ours may also be named by its folder.
     tiny = ROOT / "tiny_world/checkpoints" in Path(checkpoint or "").resolve().parents
-    reward.tiny = tiny and bool(kind.checkpoint) and not getattr(reward, "remote", False)
+    reward.tiny = tiny and bool(kind.checkpoint)
     return reward
 
 
@@ -216,7 +218,8 @@ class Rewards:
         lambda_k <- [lambda_k + rate (floor - mean r_k)]_+."""
         for name, value in self.multipliers.items() if how == "constrained" else ():
             mean = float(torch.tensor([record[name] for record in records]).nanmean())
-            self.multipliers[name] = max(0.0, value + rate * (floor - mean))
+            if math.isfinite(mean):  # else all scores of this step failed
+                self.multipliers[name] = max(0.0, value + rate * (floor - mean))
 
 
 def refuse_learners(names):
@@ -279,11 +282,12 @@ def score_opened(rewards, prompts, images, metadata=None):
     """`score` for what open_picture gave: NaN from all rewards for None, a damaged file."""
     good, scores = [i for i, image in enumerate(images) if image is not None], {}
     guards.refuse_photographs(rewards, [images[i] for i in good])
-    parts = [[values[i] for i in good] for values in (prompts, images, metadata or prompts)]
-    known = score(rewards, *parts[:2], parts[2] if metadata else None) if good else {}
+    parts = [values and [values[i] for i in good] for values in (prompts, images, metadata)]
+    known = score(rewards, *parts) if good else {}
     for name in rewards:
         scores[name] = torch.full((len(images),), math.nan)
-        scores[name][good] = known.get(name, torch.empty(0))
+        if good:
+            scores[name][good] = known[name]
     return scores
 
 

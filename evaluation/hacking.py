@@ -30,13 +30,13 @@ import numpy as np
 
 from evaluation.tables import interval, t_95
 from training.files import usage_error
+from training.flags import STATISTICS
 from training.records import artifact_free, mean, mean_over_prompts, read_json, read_jsonl
 from training.run_folder import MAY_DIFFER
 
 # Flags in which two seeds of one experiment may differ: where they ran, not what they computed.
 PLACE = MAY_DIFFER - {"max_steps"} | {"seed"}
 # Flags in which two runs may differ and still be the same experiment on other rewards.
-STATISTICS = "brightness,saturation,edges,entropy"
 REWARD_FLAGS = set(
     "rewards eval_rewards combine question run_name output_dir resume best_of".split()
 )

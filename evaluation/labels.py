@@ -84,8 +84,12 @@ def check_splits(splits, path):
 def read_labels(path):
     examples = []
     for number, row in enumerate(read_jsonl(path), 1):
-        pair = [("clean", False), ("broken", True)]
-        for field, broken in pair if "clean" in row else [("path", bool(row.get("label")))]:
+        pair, label = [("clean", False), ("broken", True)], row.get("label")
+        if not isinstance(row.get("prompt", ""), str):
+            usage_error(f"{path}, line {number}: prompt {row['prompt']!r} is no text")
+        if "clean" not in row and label not in (0, 1):  # True and False are 0 and 1
+            usage_error(f"{path}, line {number}: label {label!r}; 0 for clean, 1 for broken")
+        for field, broken in pair if "clean" in row else [("path", bool(label))]:
             if field not in row or not (path.parent / row[field]).is_file():
                 usage_error(
                     f"{path}, line {number}: no picture {row.get(field)!r}; a line needs clean and "

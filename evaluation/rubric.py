@@ -12,6 +12,8 @@ sum_k w_k P_k(no) with weights that sum to 1, so it is in [0, 1], as that of one
 Read next: apo.py, which calls `learn` (--rubric)
 """
 
+import math
+
 import numpy as np
 
 from evaluation.labels import with_intervals
@@ -64,10 +66,20 @@ def choose(train_MK, validation_MK, most):
     return min(found, key=lambda w_K: log_loss(validation_MK, w_K))
 
 
+def check(data, most):
+    """Refuse a rubric, before the search, if no prompt has both kinds of pictures."""
+    for split in ("train", "validation") if most else ():
+        pairs = pair_differences(np.zeros((len(data[split]), 1)), data[split])
+        if not len(pairs):
+            usage_error(
+                f"--rubric {most}: in the {split} split no prompt has a clean and a broken picture"
+            )
+
+
 def learn(questions, judge, data, most, file):
     """A rubric of at most `most` of these questions, written to `file` as lines "weight question",
-    which `--question` takes. judge(question, examples) -> P(broken). Returns how many were chosen
-    and measures on the test split, name -> (value, low, high)."""
+    which `--question` takes, if any of them helps. judge(question, examples) -> P(broken). Returns
+    how many were chosen, and measures on the test split, name -> (value, low, high)."""
     answers = {
         split: np.stack([judge(question, data[split]) for question in questions], 1)
         for split in ("train", "validation")
@@ -75,13 +87,15 @@ def learn(questions, judge, data, most, file):
     differences = [pair_differences(p_NK, data[split]) for split, p_NK in answers.items()]
     w_K = choose(*differences, most)
     chosen = sorted(((w, question) for w, question in zip(w_K, questions) if w > 0), reverse=True)
-    if not chosen:
-        usage_error("--rubric: no question that was tried tells broken pictures from clean ones")
     chosen = [(w / w_K.sum(), question) for w, question in chosen]
-    with atomic(file) as out:
-        out.writelines(f"{weight:.4f} {question}\n" for weight, question in chosen)
-    p_N = sum(weight * judge(question, data["test"]) for weight, question in chosen)
-    measured = with_intervals(p_N, data["test"])
+    measured = dict.fromkeys(("accuracy", "pairs", "auroc"), (math.nan,) * 3)
+    if chosen:
+        with atomic(file) as out:
+            out.writelines(f"{weight:.4f} {question}\n" for weight, question in chosen)
+        p_N = sum(weight * judge(question, data["test"]) for weight, question in chosen)
+        measured |= with_intervals(p_N, data["test"])
+    else:
+        print("no rubric: no question that was tried tells broken pictures from clean ones")
     return {"questions": len(chosen)} | {
         f"{name} of the rubric": measured[name] for name in ("accuracy", "pairs", "auroc")
     }

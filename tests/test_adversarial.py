@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from conftest import tensor
+from conftest import picture, tensor
 
 import adversarial_reward
 import generate
@@ -404,6 +404,13 @@ def test_references_are_a_folder_of_generate_or_a_file_of_the_released_code(tmp_
         references.check(PROMPTS[:2])
         picked = references.choose(PROMPTS[1], random.Random(0))
         assert picked.tobytes() == world.reference_picture(PROMPTS[1], 1).tobytes()
+
+
+def test_references_that_are_no_text_are_refused(tmp_path, capsys):
+    picture().save(tmp_path / "a.png")
+    with pytest.raises(SystemExit, match="2"):
+        adversarial_reward.References(str(tmp_path / "a.png"))
+    assert "a.png" in capsys.readouterr().err
 
 
 def damaged_references(folder, damaged):

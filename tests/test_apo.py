@@ -8,6 +8,7 @@ import sqlite3
 import numpy as np
 import pytest
 import tyro
+from conftest import picture
 from PIL import Image
 
 import apo
@@ -94,6 +95,23 @@ def test_bad_data_are_one_clear_error(row, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         labels.load_examples(tmp_path / "data.jsonl")
     assert stop.value.code == 2 and "no picture" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "row, rule",
+    [
+        ({"label": None}, "label nan; 0 for clean"),
+        ({}, "label None"),
+        ({"label": "0"}, "label '0'"),
+        ({"label": 1, "prompt": 7}, "prompt 7 is no text"),
+    ],
+)
+def test_a_label_is_zero_or_one(row, rule, tmp_path, capsys):
+    picture().save(tmp_path / "a.png")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "a", "path": "a.png"} | row) + "\n")
+    with pytest.raises(SystemExit, match="2"):
+        labels.load_examples(tmp_path / "data.jsonl")
+    assert f"line 1: {rule}" in capsys.readouterr().err
 
 
 def test_measures_by_hand():
@@ -515,7 +533,9 @@ def test_a_selection_gets_its_budget_as_a_share_of_all_answers(monkeypatch):
 
 def test_a_round_is_reported(capsys):
     _, _, _, _, judge = search({A: (0.6, 0.6), B: (0.7, 0.7)}, beam=1)
-    assert capsys.readouterr().out == f"  round 1: validation accuracy 1.000, 24 judge calls  {B}\n"
+    assert (
+        capsys.readouterr().out == f"  round 1: validation accuracy 1.000, 24 judge answers  {B}\n"
+    )
 
 
 # --- the whole, in the tiny world ---------------------------------------------------------------

@@ -289,6 +289,10 @@ def test_a_prompt_without_references_is_refused_at_the_start(policy, capsys):
     assert "--references" in capsys.readouterr().err
 
 
+def test_an_image_statistic_of_stats_may_doubt(config):
+    cures.check(config(eval_rewards="gold,stats", cures=Cures(doubted_by="brightness")))
+
+
 # --- a whole run --------------------------------------------------------------------------------
 
 SMALL = (
@@ -340,6 +344,7 @@ def test_a_run_with_all_cures_resumes_as_if_nothing_had_happened(tmp_path):
         ("--cures.average 1", "from 0 to below 1"),
         ("--cures.doubtful-share 0", "above 0"),
         ("--cures.doubted-by hps --rewards hps", "name it in --eval-rewards"),
+        ("--cures.entropy-bonus -.4", "0 or greater"),
         ("--cures.doubted-by stats --eval-rewards stats", "name it in --eval-rewards"),
         ("--cures.doubted-by gold", "must not guide"),
         ("--cures.gradient-penalty 1 --dtype bfloat16", "needs --dtype float32"),

@@ -127,6 +127,12 @@ def test_a_prompt_with_many_pictures_counts_as_one_with_few():
     assert evaluate.score_table(records, ["s"])[0]["mean"] == 0.5
 
 
+def test_a_tag_may_be_called_all():
+    records = [{"id": i, "tag": tag, "s": s} for i, tag, s in (("a", "all", 0.0), ("b", "x", 1.0))]
+    table = evaluate.score_table(records, ["s"], by_tag=True)
+    assert [(row["prompts"], row["n"]) for row in table] == [("all", 2), ("all", 1), ("x", 1)]
+
+
 def test_a_corrupt_picture_costs_one_score(generated, prompts, counting, capsys):
     (generated / "00001/samples/0002.png").write_bytes(b"\x89PNG no more")
     with pytest.raises(SystemExit) as stop:

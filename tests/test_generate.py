@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+import tyro
 from PIL import Image
 
 import generate
@@ -439,6 +440,23 @@ def test_pictures_of_other_settings_or_weights_are_made_again(tmp_path, capsys):
     assert (made(), made(), made(max_thought=40), made(max_thought=40)) == (1, 0, 1, 0)
     (tmp_path / "policy/reasoning.txt").write_text("{} plan")  # other weights would count alike
     assert made(max_thought=40) == 1
+
+
+@pytest.mark.parametrize(
+    "flags, rule",
+    [
+        (["--batch-size", "0"], "must be 1 or more"),
+        (["--max-thought", "0"], "must be 1 or more"),
+        (["--max-thought", "-5"], "must be 1 or more"),
+        (["--num-images", "0"], "must be 1 or more"),
+        (["--limit", "-1"], "0 for all"),
+    ],
+)
+def test_numbers_that_draw_nothing_are_refused(flags, rule, tmp_path, capsys):
+    args = ["a red circle", *flags, "--output-dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="2"):
+        generate.main(tyro.cli(generate.Config, args=args))
+    assert rule in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path, capsys):

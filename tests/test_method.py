@@ -383,5 +383,7 @@ def test_the_multiplier_rises_below_the_floor_and_falls_above_it_never_below_zer
     assert known.multipliers["b"] == pytest.approx(1 + 0.1 * 0.5)
     known.update_multipliers(records, "constrained", 0.8, rate=1.0)
     assert known.multipliers["b"] == pytest.approx(1.55)
+    known.update_multipliers([{"b": NAN}], "constrained", 0.8)  # a step without a score
+    assert known.multipliers["b"] == pytest.approx(1.55)
     known.update_multipliers([{"b": 1.0}], "constrained", 0.5, rate=10.0)
     assert known.multipliers["b"] == 0.0

@@ -74,7 +74,8 @@ def test_at_most_so_many_questions_are_chosen():
         ("2 shapes? yes or no", [(1.0, "2 shapes? yes or no")]),
         ("0.5 Is it torn?", [(1.0, "Is it torn?")]),
         (".6 Torn?\n.2  Noisy?", [(0.75, "Torn?"), (0.25, "Noisy?")]),
-        ("0.5 Torn?\nNoisy?", [(1.0, "0.5 Torn?\nNoisy?")]),
+        ("\n.6 Torn?\n\n.2 Noisy?\n", [(0.75, "Torn?"), (0.25, "Noisy?")]),
+        ("Torn?\nyes or no", [(1.0, "Torn?\nyes or no")]),
     ],
 )
 def test_a_rubric_is_lines_that_begin_with_a_weight(text, expected):
@@ -83,10 +84,28 @@ def test_a_rubric_is_lines_that_begin_with_a_weight(text, expected):
     assert [w for w, _ in found] == pytest.approx([w for w, _ in expected])
 
 
-def test_a_rubric_without_weight_is_refused(capsys):
+@pytest.mark.parametrize(
+    "text, rule",
+    [
+        ("0.0 Torn?\n0.0 Noisy?", "all weights of this rubric are 0"),
+        ("0.5 Torn?\nNoisy?", "a weight before each question"),
+        ("0.5 Torn?\n1 Noisy?", "a weight before each question"),
+    ],
+)
+def test_a_rubric_whose_weights_are_useless_is_refused(text, rule, capsys):
     with pytest.raises(SystemExit, match="2"):
-        artifact_reward.parse_rubric("0.0 Torn?\n0.0 Noisy?")
-    assert "all weights of this rubric are 0" in capsys.readouterr().err
+        artifact_reward.parse_rubric(text)
+    assert rule in capsys.readouterr().err
+
+
+def test_a_file_of_a_rubric_may_begin_with_a_mark_and_must_be_text(tmp_path, capsys):
+    (tmp_path / "rubric.txt").write_bytes("\ufeff0.5 Torn?\n0.5 Noisy?".encode())
+    text = artifact_reward.read_question(str(tmp_path / "rubric.txt"))
+    assert artifact_reward.parse_rubric(text) == [(0.5, "Torn?"), (0.5, "Noisy?")]
+    (tmp_path / "latin.txt").write_bytes("Schäden? yes or no".encode("latin-1"))
+    with pytest.raises(SystemExit, match="2"):
+        artifact_reward.read_question(str(tmp_path / "latin.txt"))
+    assert "is no text" in capsys.readouterr().err
 
 
 class Judge:
@@ -172,9 +191,21 @@ def test_without_a_question_that_helps_no_rubric_is_written(tmp_path, capsys):
     rows = [{"prompt": str(i), "broken": b} for i in range(4) for b in (False, True)]
     wrong = lambda question, examples: np.array([1.0 - e["broken"] for e in examples])
     data = dict.fromkeys(("train", "validation", "test"), rows)
+    result = rubric.learn(["a", "b"], wrong, data, 2, tmp_path / "rubric.txt")
+    assert "no question" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert result["questions"] == 0 and math.isnan(result["pairs of the rubric"][0])
+
+
+def test_a_rubric_needs_pairs_and_says_so_before_the_search(tmp_path, capsys):
+    for kind in ("clean", "broken"):
+        (tmp_path / kind).mkdir()
+        for i in range(30):
+            picture().save(tmp_path / kind / f"{kind}{i}__1.png")
+    data = load_examples(tmp_path)
+    rubric.check(data, 0)
     with pytest.raises(SystemExit, match="2"):
-        rubric.learn(["a", "b"], wrong, data, 2, tmp_path / "rubric.txt")
-    assert "no question" in capsys.readouterr().err and not list(tmp_path.iterdir())
+        rubric.check(data, 3)
+    assert "--rubric 3: in the train split no prompt has" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,8 @@ def test_a_lora_may_be_trained_on_top_of_another(policy, cfg, tmp_path):
     expected = grpo.all_logprobs(second, rollouts, cfg)
     second.save(tmp_path / "second")
     opened = generate.load_policy(str(tmp_path / "second"))
+    base = json.loads((tmp_path / "second/adapter_config.json").read_text())
+    assert base["base_model_name_or_path"] == str(tmp_path / "first")
     assert torch.allclose(grpo.all_logprobs(opened, rollouts, cfg), expected, atol=1e-4)
     assert memory_plan.janus_config(str(tmp_path / "second")).text_config.hidden_size == 128
 
@@ -155,7 +157,8 @@ def test_a_run_with_lora_resumes_from_its_matrices_and_its_policy_draws(tmp_path
 @pytest.mark.parametrize(
     "change, rule",
     [
-        ({"base_model_name_or_path": "/gone"}, "--model /gone"),
+        ({"base_model_name_or_path": "/gone"}, "a LoRA for /gone, which holds other weights"),
+        ({"base_model_name_or_path": "some/Janus"}, "a LoRA for some/Janus"),
         ({"base_model_name_or_path": None}, "cannot be loaded"),
         ({"r": 3}, "cannot be loaded"),
         ({"target_modules": ["q_proj"]}, "do not fit"),

@@ -166,6 +166,22 @@ def test_a_step_whose_gradient_is_not_finite_is_not_taken(policy, small_batch, c
     assert all(torch.equal(a, b) for a, b in zip(trainable(trained), trainable(policy)))
 
 
+def test_the_loss_of_a_step_is_a_mean_over_the_updates_that_were_tried(
+    policy, small_batch, config, monkeypatch
+):
+    """The second of four gradients is not finite: two losses are known."""
+    losses, norms = iter([1.0, 3.0]), iter([1.0, NAN])
+
+    def compute_gradient(policy, reference_NS, rollouts, advantages, betas, old, *rest):
+        old[:] = [reference_NS]
+        return next(losses), 0
+
+    monkeypatch.setattr(grpo, "compute_gradient", compute_gradient)
+    monkeypatch.setattr(grpo.sharding, "clip_gradients", lambda *_: torch.tensor(next(norms)))
+    _, metrics = update(policy, policy, small_batch, config(updates_per_rollout=4))
+    assert metrics["loss"] == pytest.approx(2.0) and metrics["skipped"] == 1
+
+
 def test_thought_and_picture_are_both_trained(policy, small_batch, config):
     trained, _ = update(policy, other_policy(policy), small_batch, config())
     assert trained.model.lm_head.weight.grad.norm() > 0  # only thoughts reach the text head
@@ -468,6 +484,22 @@ def test_best_of_n_draws_from_the_base_policy_and_adds_up_the_training_rewards(p
         | {"a": i + 1.0, "b": -i - 1.0, "total": 2 * (i + 1.0)}
         for (i, k), thought in zip(jobs, thoughts)
     ]
+
+
+def test_best_of_n_ranks_by_the_objective_that_is_trained(policy, config):
+    """The higher reward of each two pictures has the lower z-score sum here: .1 a + b."""
+    known = known_rewards(
+        {"a": 1.0, "b": 1.0},
+        a=lambda prompts, *_: torch.tensor([10.0, 0.0, 0.0]),
+        b=lambda prompts, *_: torch.tensor([0.0, 1.0, 0.9]),
+    )
+    best = {}
+    for how in ("sum", "normalized", "pareto"):
+        cfg = config(best_of=3, combine=how)
+        pool = grpo.best_of_n_pool(policy, policy, known, ROWS[:1], cfg)
+        best[how] = [record["total"] for record in pool]
+    assert best["sum"] == best["pareto"] == pytest.approx([10.0, 1.0, 0.9])
+    assert sum(best["normalized"]) == pytest.approx(0, abs=1e-4)
 
 
 def test_best_of_n_takes_the_first_forty_prompts_dealt_out_to_the_processes(

@@ -45,7 +45,8 @@ POSITIVE = (
 
 NOT_NEGATIVE = (
     "beta epsilon epsilon_high cfg_weight max_failures lora_rank best_of world_size "
-    "adversary_steps cures.gradient_penalty cures.reference_steps cures.data_weight"
+    "adversary_steps cures.gradient_penalty cures.reference_steps cures.data_weight "
+    "cures.entropy_bonus"
 ).split()
 
 

@@ -25,7 +25,7 @@ from dataclasses import replace
 import torch
 
 from training.files import usage_error
-from training.flags import Cures
+from training.flags import STATISTICS, Cures
 from training.pictures import distances
 from training.policy import trainable
 from training.processes import pick_device
@@ -42,9 +42,10 @@ def names_of(text):
 def check(cfg):
     """Refuse flags of grpo.py that do not go together."""
     flags = cfg.cures
-    heldout = [re.split("[@:]", part)[0] for part in names_of(cfg.eval_rewards)]
+    named = names_of(cfg.eval_rewards.replace("stats", STATISTICS))
+    heldout = [re.split("[@:]", part)[0] for part in named]
     for name in names_of(flags.doubted_by):
-        if name not in heldout or name == "stats":
+        if name not in heldout:
             usage_error(f"--cures.doubted-by {name}: name it in --eval-rewards, too")
         if name.startswith("gold"):
             usage_error(f"--cures.doubted-by {name}: the truth must not guide the training")
@@ -76,7 +77,7 @@ def flatten_gradient(parameters, recompute, gamma, radius=1e-3):
         g2 = grad L(theta + radius g1),    g = g1 + gamma / radius (g2 - g1)
 
     A reward is most easily hacked where a small change of the weights changes it much. recompute()
-    replaces the gradients by those at the present weights. radius: theirs."""
+    replaces the gradients by those at the present weights. radius: the paper's."""
     parameters = [p for p in parameters if p.grad is not None]
     weights = [p.detach().clone() for p in parameters]
     first = [p.grad.clone() for p in parameters]
@@ -136,9 +137,9 @@ def entropy_closeness(entropy_N, reference_N):
     the reference policy's for the same tokens (STAGE, arXiv:2509.25027). A policy that becomes too
     sure, or begins to guess, loses reward.
 
-    STAGE's code gives it to the best picture of a batch only (grpo_trainer.py:987, only_add_max)
-    and subtracts its mean over those: with a reward that has no ties nothing is left. We follow the
-    paper: each picture gets it; STAGE's weight is .4."""
+    STAGE's code gives the bonus only to the pictures with the highest reward of the batch, and then
+    subtracts their mean bonus (grpo_trainer.py:987). If only one picture has the highest reward,
+    nothing is left. We follow the paper: each picture gets the bonus. STAGE's weight is .4."""
     return 1 / (1 + (reference_N - entropy_N).square())
 
 

@@ -13,6 +13,7 @@ import tyro
 # Of every --judge-url: one address each time it is given. A flag that takes any number would take
 # the files behind it, too.
 JudgeUrls = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+STATISTICS = "brightness,saturation,edges,entropy"  # what the reward name "stats" stands for
 Combine = Literal[  # see rewards.combine
     "sum", "normalized", "mean", "min", "uwo", "pareto", "winrate", "quantized", "constrained"
 ]
@@ -23,8 +24,8 @@ class Cures:
     """--cures.NAME; the defaults are off. What they do: cures.py."""
 
     gradient_penalty: float = 0.0  # gamma: prefer flat optima; twice the time of an update
-    # GARDO: the KL counts only for pictures that the reward ranks higher than these do. They
-    # are among --eval-rewards, and no longer quite held out.
+    # GARDO: names from --eval-rewards. The KL counts only for pictures that the training reward
+    # ranks higher than these rewards do. They then guide the training, and are not fully held out.
     doubted_by: str = ""
     doubtful_share: float = 0.1  # GARDO: share of each group whose KL counts
     # GARDO: every so many steps the policy becomes the reference; the logged kl begins again at 0

@@ -15,6 +15,7 @@ from transformers import JanusConfig, JanusForConditionalGeneration
 
 from training.files import usage_error
 from training.policy import adapter_base
+from training.processes import rank
 from training.run_folder import checkpoint_folder
 from training.weights import load_part
 
@@ -149,6 +150,8 @@ def rollouts_of(cfg, world_size):
 def print_plan(cfg, world_size, rewards):
     """--dry-run: what would happen, and whether it fits."""
     counts, gigabytes = plan_of(cfg, world_size, rewards)
+    if rank() != 0:
+        return
     billions = {name: counts[name] / 1e9 for name in ("total", "trained")}
     pictures = cfg.prompts_per_step * cfg.num_generations
     print(

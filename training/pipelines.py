@@ -15,6 +15,8 @@ def pipeline_sampler(name_or_path, device, dtype, cfg_weight, seeded_generator):
     seeded_generator: key -> torch.Generator."""
     try:
         if not (Path(name_or_path) / "model_index.json").is_file():
+            if Path(name_or_path).is_dir():
+                return None
             hf_hub_download(name_or_path, "model_index.json")
     except Exception:  # no pipeline, or no network: load_policy says what is wrong
         return None

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
-from training.files import ROOT, usage_error
+from training.files import ROOT, fingerprint, usage_error
 from training.run_folder import checkpoint_folder
 from training.sharding import merge_lora
 from training.weights import load_model, load_part, readable
@@ -28,7 +28,7 @@ class Policy:
     processor: JanusProcessor
     reasoning: str  # the instruction that asks for a thought; {} stands for the prompt
     dtype: torch.dtype  # of the arithmetic; trained weights are float32
-    name: str = ""  # as --model names it
+    name: str = ""  # "tiny", a hub name, or the folder of its weights
     cuda_graph: bool = True  # sampling on a GPU: see training/cuda_graph.py
     adapter: object = None  # with LoRA: peft's wrapper of the same model
 
@@ -58,6 +58,8 @@ class Policy:
         alone, as peft's PeftModel.from_pretrained(base, folder) takes them."""
         if self.adapter:
             self.adapter.save_pretrained(folder, save_embedding_layers=False)  # as in load_lora
+            base = fingerprint(checkpoint_folder(self.name))  # as it is now
+            (Path(folder) / "base.txt").write_text(f"{base}\n")
         else:
             self.model.save_pretrained(folder, state_dict=state)
             # save_pretrained notes the type of the first weight, which may be a frozen bfloat16
@@ -75,7 +77,10 @@ def adapter_base(folder):
     if not file.is_file() or (folder / "config.json").is_file():
         return None
     with readable(folder):
-        return str(Path(json.loads(file.read_text())["base_model_name_or_path"]))
+        base = json.loads(file.read_text())["base_model_name_or_path"]
+        if not isinstance(base, str):
+            raise TypeError(f"its base_model_name_or_path is {base}")
+    return base
 
 
 def check_janus(name_or_path, path):
@@ -109,6 +114,12 @@ def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_im
     path = checkpoint_folder(name_or_path)
     base = adapter_base(path)
     if base:
+        then, now = path / "base.txt", fingerprint(checkpoint_folder(base))
+        if then.is_file() and then.read_text().strip() != now:
+            usage_error(
+                f"--model {name_or_path}: a LoRA for {base}, which holds other weights today; "
+                "restore them"
+            )
         policy = load_policy(base, "cpu", dtype)
         model, processor = merge_lora(policy.model, path), policy.processor
     else:
@@ -124,7 +135,8 @@ def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_im
         parameter.requires_grad_(name.startswith(trained))
     model.to(device).eval()
     reasoning = reasoning.read_text(encoding="utf-8").strip()
-    return Policy(model, processor, reasoning, dtype, name=name_or_path)
+    local = path.is_dir() and name_or_path != "tiny"  # a run folder has another last one tomorrow
+    return Policy(model, processor, reasoning, dtype, str(path) if local else name_or_path)
 
 
 def trainable(policy):

@@ -290,7 +290,8 @@ class Run:
         for name, reward in self.rewards.adversaries.items():
             reward.load_state_dict(load(name))
         for name, copy in self.cure.copies.items():
-            torch._foreach_copy_(copy, load(name))
+            for now, saved in zip(copy, load(name), strict=True):
+                now.copy_(saved)
         state = json.loads((checkpoint / "state.json").read_text())
         self.step, self.skipped = state["step"], state["skipped"]
         self.rewards.multipliers = state["multipliers"]
