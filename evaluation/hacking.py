@@ -30,7 +30,7 @@ import numpy as np
 
 from evaluation.tables import interval, t_95
 from training.files import usage_error
-from training.flags import STATISTICS
+from training.flags import STATISTICS, cure_flags
 from training.records import artifact_free, mean, mean_over_prompts, read_json, read_jsonl
 from training.run_folder import MAY_DIFFER
 
@@ -61,6 +61,7 @@ def read_run(run):
     optional = [run / "metrics.jsonl", run / "best_of_n.jsonl"]
     steps, pool = (read_jsonl(path) if path.is_file() else [] for path in optional)
     config = read_json(run / "config.json")
+    config["flags"] = cure_flags() | config["flags"]
     return RunRecords(config, steps, read_jsonl(run / "test.jsonl"), pool)
 
 
@@ -74,7 +75,10 @@ def runs_by_rewards(runs):
     for run in sorted(map(Path, runs), key=age):
         records = read_run(run)
         flags = {k: v for k, v in records.config["flags"].items() if k not in PLACE}
-        seed, known = records.config["flags"].get("seed"), experiments[json.dumps(flags)]
+        seed, known = (
+            records.config["flags"].get("seed"),
+            experiments[json.dumps(flags, sort_keys=True)],
+        )
         if seed in known:
             print(f"{known[seed][0]} and {run} are one seed; the newer counts", file=sys.stderr)
         known[seed] = run, records

@@ -13,12 +13,13 @@ is held out, measures what became of the pictures:
     gold per hps   change of gold for each unit of proxy gain
 
 Run:   python -m studies.contest              train what is missing (hours; a stopped contest goes
-                                              on), then print the table, draw docs/contest.png
-       python -m studies.contest --seeds 1    one seed, a table without intervals
+                                              on), then print two tables, draw docs/contest.png
+       python -m studies.contest --seeds 1    one seed of each
        python -m studies.contest --cures "no cure" control "judge, summed"    these three alone
 
-You should see:  a progress bar over all runs, then one line for each cure. Each run's numbers and
-command are kept in docs/contest/, so the table can be printed again without training.
+You should see:  a progress bar over all runs, then one line for each alarm of evaluation/alarms.py
+and one for each cure. Each run's numbers and command are kept in docs/contest/, so the tables can
+be printed again without training.
 
 Read next: docs/results.md, "Which cure works?"
 """
@@ -70,7 +71,7 @@ STOPPED = "early stopping"  # computed from the runs of "no cure", without train
 @dataclass
 class Config:
     cures: tuple[str, ...] = tuple(CURES)  # those that are trained; names in studies/cures.json
-    seeds: int = 3  # of each cure
+    seeds: int = 5  # of each cure
     workers: int = os.cpu_count()  # runs at a time, a core each
     output_dir: str = "runs/contest"  # run folders go here
     results: str = str(ROOT / "docs" / "contest")  # their numbers go here
@@ -174,11 +175,12 @@ def stopping_time(run):
 
 
 def read_results(cfg):
-    """cure -> numbers of its finished runs. Early stopping is "no cure" up to its stopping time."""
+    """cure -> numbers of all its finished runs, whatever --seeds is. Early stopping is "no cure" up
+    to its stopping time."""
     results = defaultdict(list)
     for cure in CURES:
-        files = [result_file(cfg, cure, seed) for seed in range(1, cfg.seeds + 1)]
-        results[cure] = [json.loads(file.read_text()) for file in files if file.is_file()]
+        files = sorted(Path(cfg.results).glob(f"{file_name(cure)}_seed*.json"))
+        results[cure] = [json.loads(file.read_text()) for file in files]
     for run in results["no cure"]:
         tests = run["tests"][: stopping_time(run) + 1]
         share = tests[-1]["step"] / run["tests"][-1]["step"]
@@ -319,6 +321,7 @@ def main(cfg):
     errors = train_missing(jobs, cfg.workers)
     results = read_results(cfg)
     contest_figure(results, cfg.figure)
+    print(markdown(detection_table(results)), end="\n\n")
     print_table(contest_table(results), errors)
 
 

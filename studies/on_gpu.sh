@@ -5,7 +5,8 @@
 #
 # speed     tokens/s of ours, with and without the CUDA graph, of transformers and of a plain loop; share of the
 #           roofline; whether graph and loop draw the same tokens
-# memory    gpu_gb of a step of the 24 GB recipe, on random weights, beside the plan of --dry-run
+# memory    gpu_gb of the rehearsal's steps; its models have few layers, and --dry-run --model FOLDER plans for these
+# The sharded parts of the rehearsal need two GPUs, and fail on one.
 set -u
 cd "$(dirname "$0")/.."
 out=runs/gpu

@@ -1,13 +1,13 @@
 """Walk the commands for real models on a CPU: the published names and widths, random weights.
 
 A Hugging Face cache is made that holds the repositories under their published names. Each has the
-files, the weight names and the widths of the published one; but few layers, a vocabulary of 16,384
-words, a thin VQ decoder, and random weights. Then each command of docs/gpus.md runs in a process of
-its own with its own flags, followed by smaller numbers of steps and pictures (the last of two equal
-flags counts). So all code between a command and its files runs, apart from CUDA. What the pictures
-show and how long a step takes means nothing here.
+files, the weight names and the widths of the published one (in the place of Janus-Pro-7B those of
+1B); but few layers, a vocabulary of 16,384 words, a thin VQ decoder, and random weights. Then each
+command of docs/gpus.md runs in a process of its own with its own flags, followed by smaller numbers
+of steps and pictures (the last of two equal flags counts). So all code between a command and its
+files runs, apart from CUDA. What the pictures show and how long a step takes means nothing here.
 
-Run:   python -m studies.rehearse                              about 15 minutes, 8 GB of memory
+Run:   python -m studies.rehearse                              an hour and a half, 8 GB of memory
        python -m studies.rehearse --vllm vllm/bin/python       also with vLLM as the judge's server
                                                                (tests/vllm_parity.py: installation)
 

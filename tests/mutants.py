@@ -60,7 +60,11 @@ TARGETS = [  # (file, its functions, the tests that must notice)
     ("training/prompts.py", "prompts_of_step jobs_of_step", METHOD),
     ("training/processes.py", "gather sum_over_processes", UPDATE),
     ("training/sharding.py", "sum_gradients clip_gradients as_reference", UPDATE),
-    ("artifact_reward.py", "prob_no judge_images ArtifactReward.check", "tests/test_judge.py"),
+    (
+        "artifact_reward.py",
+        "prob_no answer_share judge_images ArtifactReward.check",
+        "tests/test_judge.py",
+    ),
     ("reward_models/judge.py", "LocalJudge.answers", "tests/test_judge.py"),
     (
         "rewards.py",

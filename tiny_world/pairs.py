@@ -1,6 +1,7 @@
 """Artifact pairs: a clean and a broken picture of the same prompt, to measure judges and rewards.
 
-Half of the pairs are the policy's own pictures, labelled by gold; half are drawn.
+Up to half of the pairs are the policy's own pictures, labelled by gold: as many as it draws of both
+kinds for a prompt. The others are drawn.
 
 Read next: train.py
 """

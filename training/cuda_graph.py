@@ -1,7 +1,7 @@
 """The sampling loop of generate.py, recorded on a GPU: the same tokens, several times as fast.
 
-For one token the GPU needs about a millisecond, and Python 25 to start its thousand kernels one by
-one: the GPU would wait for Python. A CUDA graph records the kernels of one step once; a single call
+For one token a GPU needs less time than Python does to start its thousand kernels one by one: the
+GPU would wait for Python. A CUDA graph records the kernels of one step once; a single call
 then starts them all again. A recording knows addresses, not values. So everything that a step reads
 and writes keeps its place in memory, the number of the step included.
 

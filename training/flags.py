@@ -5,7 +5,7 @@ Read next: checks.py
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 import tyro
@@ -39,6 +39,12 @@ class Cures:
     def copies(self):
         """How many copies of the trained weights are in memory."""
         return bool(self.reference_steps) + bool(self.average) + 2 * bool(self.gradient_penalty)
+
+
+def cure_flags(cures=None):
+    """The flags of cures by name, as in config.json. Without an argument: their defaults, which a
+    run from before a cure existed had."""
+    return {f"cures.{name}": value for name, value in asdict(cures or Cures()).items()}
 
 
 def parse_flags(config, description):

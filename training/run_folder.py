@@ -28,6 +28,7 @@ import torch
 import transformers
 
 from training.files import ROOT, atomic, fingerprint, usage_error, without_password
+from training.flags import cure_flags
 from training.model_card import model_card
 from training.processes import broadcast, end_processes, gather, pick_device, rank, world_size
 from training.records import read_json, read_jsonl, write_jsonl
@@ -153,9 +154,7 @@ def check_same_run(folder, cfg):
     if not (folder / "config.json").is_file():
         return
     then = read_json(folder / "config.json")["flags"]
-    now = json.loads(json.dumps(flags_of(cfg)))
-    # A run from before a cure existed went without it.
-    then = {name: value for name, value in flags_of(type(cfg)()).items() if "." in name} | then
+    now, then = json.loads(json.dumps(flags_of(cfg))), cure_flags() | then
     for name in sorted(then.keys() - MAY_DIFFER):
         if then[name] != now.get(name):
             usage_error(
@@ -233,7 +232,8 @@ def provenance(cfg):
 def flags_of(cfg):
     """The flags as they may be written down: without passwords."""
     flags = asdict(cfg) | {"judge_url": [without_password(url) for url in cfg.judge_url]}
-    return flags | {f"cures.{name}": value for name, value in flags.pop("cures").items()}
+    del flags["cures"]
+    return flags | cure_flags(cfg.cures)
 
 
 def inputs_of(cfg, rewards):
