@@ -231,7 +231,7 @@ def companions(run):
     for folder in sorted(folders, key=age):
         flags = {}
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not our run
-            flags = json.loads((folder / "config.json").read_text())["flags"]
+            flags = cure_flags() | json.loads((folder / "config.json").read_text())["flags"]
         same = all(flags.get(k) == v for k, v in own.items() if k not in REWARD_FLAGS)
         if same and flags["rewards"] in kinds:
             if read_run(folder).tests[-1]["step"] == flags["max_steps"]:

@@ -432,6 +432,16 @@ def test_the_verdict_names_the_drift_of_the_control(tmp_path):
     assert "Under the control, which learns from noise, gold fell by 0.125 ± 0.000." in text
 
 
+def test_a_run_from_before_a_cure_existed_is_a_seed_of_the_same_experiment(tmp_path):
+    old = make_run(tmp_path / "old", [[0.5], [0.5]], [0.1, 0.1], seed=1)
+    now = {"seed": 2, "cures.average": 0.0, "cures.entropy_bonus": 0.0}
+    new = make_run(tmp_path / "new", [[0.5], [0.5]], [0.1, 0.1], **now)
+    cured = make_run(tmp_path / "cured", [[0.5], [0.5]], [0.1, 0.1], **now | {"cures.average": 0.9})
+    groups = hacking.runs_by_rewards([old, new, cured])
+    assert [len(members) for members in groups.values()] == [2, 1]
+    assert list(groups)[1] == "hps (cures.average 0.9)"
+
+
 def test_the_companions_of_a_run_differ_in_the_rewards_only(tmp_path):
     def run(name, **flags):
         return make_run(tmp_path / name, [[0.5], [0.5]], [0.1, 0.1], **flags)
