@@ -192,9 +192,8 @@ def guidance_weights(cfg, policy):
 
 
 def rollout(policy, rows, jobs, stream, cfg):
-    """Sample one thought and one picture for each job (prompt index, sample number). `stream`
-    separates the random numbers of different uses: the step in training, -1 in tests, -2 for
-    best-of-n."""
+    """Sample one thought and one picture for each job (prompt index, sample number). stream: which
+    random numbers; the step in training, -1 in tests, -2 for best-of-n."""
 
     def sample(jobs):
         keys = [(cfg.seed, stream, i, k) for i, k in jobs]
@@ -225,9 +224,8 @@ def reference_logprobs(policy, reference, rollouts, cfg):
 
 def compute_gradient(policy, reference_NS, rollouts, advantages, betas, old, tokens, cfg, data):
     """The gradient of the loss, a mean over the tokens of all processes (DAPO; in T2I-R1 a mean per
-    process, where a token beside long thoughts counts less). old: log pi_old of each micro-batch,
-    or an empty list, which is filled. Returns this process' loss and number of tokens out of the
-    clip range."""
+    process, where a token beside long thoughts counts less). old: log pi_old of each micro-batch;
+    filled if empty. Returns this process' loss and number of tokens out of the clip range."""
     mask, cfg_weight = rollouts.mask, guidance_weights(cfg, policy)[1]
     loss_sum, clipped = 0.0, 0
     policy.model.zero_grad()
@@ -278,16 +276,18 @@ def update_policy(
             break
         optimizer.step()
     loss, clipped = map(sum, zip(*results))
-    old_NS = torch.cat(old)  # its mean over samples is minus the entropy
-    per_token = (kl_k3(old_NS, reference_NS), -old_NS)
-    kl, surprise = (torch.where(mask, values, 0.0).sum().item() for values in per_token)
-    sums = processes.sum_over_processes([loss, clipped / tokens, kl, len(rollouts), surprise])
+    old_NS, T = torch.cat(old), rollouts.image_ids.shape[1]
+    per_token = (kl_k3(old_NS, reference_NS), -old_NS)  # the mean of -old_NS is the entropy
+    kl, surprise = (torch.where(mask, values, 0.0) for values in per_token)
+    parts = [kl.sum().item(), len(rollouts), surprise.sum().item(), surprise[:, -T:].sum().item()]
+    sums = processes.sum_over_processes([loss, clipped / tokens, *parts])
     return {
         "loss": sums[0] / len(results),
         "clip_ratio": sums[1] / len(results),
         "kl": sums[2] / sums[3],  # nats per rollout, of the policy that sampled: before the update
         "kl_per_token": sums[2] / tokens,
         "entropy": sums[4] / tokens,  # nats per token; with guidance="cond" a cross-entropy
+        "entropy/picture": sums[5] / (sums[3] * T),  # of the picture's tokens alone
         "grad_norm": norm.item(),
         "skipped": int(not norm.isfinite()),
         "learning_rate": optimizer.param_groups[0]["lr"],

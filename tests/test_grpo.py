@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import math
 import os
 import random
 import re
@@ -650,13 +651,26 @@ def test_the_peak_of_the_gpus_memory_is_logged_where_there_is_one(monkeypatch):
 def test_a_step_is_summarized_without_its_failed_scores():
     scores = [1.0, 2.0, float("nan"), 4.0]
     records = [
-        {"hps": score, "gold": 0.5, "total": score, "thought": "a red star"} for score in scores
+        {"hps": score, "gold": 0.5, "total": score, "advantage": a, "thought": "a red star"}
+        for score, a in zip(scores, (-0.7, 0.7, 0.0, 0.0))
     ]
     metrics = log.summarize(records, ["hps"], ["gold"], 2)
     assert metrics["failed"] == 0.25 and metrics["thought_words"] == 3
     assert metrics["reward/hps"] == pytest.approx(7 / 3) and metrics["held-out/gold"] == 0.5
     assert metrics["reward/hps/group_std"] == pytest.approx(0.5**0.5)  # of the one whole group
     assert metrics["unanimous_groups"] == 0
+    assert metrics["reward/hps/ceiling"] == 0.5
+    assert metrics["reward/hps/advantage_corr"] == pytest.approx(1)  # -.5, .5, 0 and -.7, .7, 0
+
+
+def test_a_reward_at_its_ceiling_and_one_that_decides_nothing_are_seen():
+    same = torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.5, 0.5, 0.5, 0.5]])
+    assert log.at_the_top(same) == 7 / 8
+    advantages = torch.tensor([[1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0]])
+    assert log.correlation(same, advantages) == pytest.approx(0, abs=1e-6)
+    ordered = torch.tensor([[3.0, 1.0, 2.0, 2.0], [102.0, 102.0, 103.0, 101.0]])
+    assert log.correlation(ordered, advantages) == pytest.approx(1)
+    assert math.isnan(log.correlation(same[1:], advantages[1:]))
 
 
 BAD_USAGE = [

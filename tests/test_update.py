@@ -102,6 +102,7 @@ def test_the_logged_loss_and_kl_by_their_definitions(policy, small_batch, config
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert metrics["kl"] == pytest.approx(k3.sum().item() / 8, rel=1e-4)  # nats per rollout
     assert metrics["entropy"] == pytest.approx(-logp[rollouts.mask].mean().item(), rel=1e-4)
+    assert metrics["entropy/picture"] == pytest.approx(-logp[:, -64:].mean().item(), rel=1e-4)
 
 
 def test_micro_batches_change_neither_the_gradient_nor_the_metrics(policy, small_batch, config):

@@ -34,15 +34,35 @@ def summarize(records, trained, heldout, group_size):
     failed = mean(any(math.isnan(record[name]) for name in trained) for record in records)
     words = mean(len(record["thought"].split()) for record in records)
     metrics = {"failed": failed, "thought_words": words}
+    advantages = torch.tensor([record["advantage"] for record in records]).view(-1, group_size)
     kinds = dict.fromkeys(trained, "reward") | dict.fromkeys(heldout, "held-out")
     for name, kind in (kinds | {"total": "reward"}).items():
         values = torch.tensor([record[name] for record in records]).view(-1, group_size)
         metrics[f"{kind}/{name}"] = values.nanmean().item()
         # The spread within a group is what GRPO learns from.
         metrics[f"{kind}/{name}/group_std"] = values.std(1).nanmean().item()
+        if name in trained:
+            metrics[f"reward/{name}/ceiling"] = at_the_top(values)
+            metrics[f"reward/{name}/advantage_corr"] = correlation(values, advantages)
     unanimous = values.amax(1) == values.amin(1)  # of "total", the last one
     metrics["unanimous_groups"] = unanimous.float().mean().item()
     return metrics
+
+
+def at_the_top(values):
+    """Share of rollouts whose score is the highest of their group. Where no two are equal it is 1 /
+    G; near 1 the reward has reached its ceiling, and teaches nothing."""
+    highest = values.nan_to_num(-math.inf).amax(1, keepdim=True)
+    return (values == highest).float().mean().item()
+
+
+def correlation(values, advantages):
+    """Of a reward, relative to its group, with the advantage: how far it decides what is learned.
+    NaN if one of the two does not vary."""
+    centered = values - values.nanmean(1, keepdim=True)
+    known = centered.isfinite()
+    pair = torch.stack([centered[known], advantages[known]])
+    return torch.corrcoef(pair)[0, 1].item() if (pair.std(1) > 0).all() else math.nan
 
 
 def check_weights(policy):
