@@ -330,6 +330,11 @@ def entropies(logits_NTV, ids_NT):
     return torch.special.entr(logits_NTV.float().softmax(-1)).sum(-1)
 
 
+def with_entropies(logits_NTV, ids_NT):
+    """Log-probabilities and entropies, (N, T, 2)."""
+    return torch.stack([gather_logprobs(logits_NTV, ids_NT), entropies(logits_NTV, ids_NT)], -1)
+
+
 def teacher_forced_hidden(policy, context, mask, continuation, continuation_mask=None):
     """Teacher forcing: feed all n tokens of the continuation at once. Returns the hidden states
     (N, n, D) from which each of them was sampled; the last token is not fed."""

@@ -49,11 +49,9 @@ class Config:
     epsilon: float = 0.2  # clip range below 1
     epsilon_high: float = 0.2  # clip range above 1; DAPO takes .28
     updates_per_rollout: int = 1  # optimizer steps on the same rollouts; with 1 nothing is clipped
-    # divide by the std of the group (GRPO), by nothing (Dr.GRPO), by that of the batch (Flow-GRPO);
-    # or best: imitate the best picture of each group (RAFT, best-of-n fine-tuning)
+    # divide by the std of the group (GRPO), of the batch (Flow-GRPO), by 1 (Dr.GRPO); best: RAFT
     advantage: Literal["group", "none", "global", "best"] = "group"
-    # several rewards -> one number, see rewards.combine
-    combine: Combine = "sum"
+    combine: Combine = "sum"  # several rewards -> one number, see rewards.combine
     floor: float = 0.7  # combine=constrained: each reward but the first is to stay above this
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 
@@ -111,7 +109,7 @@ from evaluation.figures import report_page
 from reward_models.image_statistics import image_statistics
 from training import checks, processes, run_folder, sharding, stopping
 from training.cures import OFF, Cure, flatten_gradient
-from training.log import Log, make_records
+from training.log import Log, make_records, token_scores
 from training.memory_plan import print_plan
 from training.model_card import push_to_hub
 from training.optimizer import learning_rate, make_optimizer
@@ -177,8 +175,7 @@ def grpo_loss(logprobs_NS, old_NS, reference_NS, advantages_N, mask_NS, beta, ep
 
 
 def guidance_weights(cfg, policy):
-    """Two guidance weights for pictures: of sampling, and of the log-probabilities. Thoughts are
-    never guided. Three ways are in use:
+    """Two guidance weights for pictures: of sampling, and of the log-probabilities.
 
     guided  both guided: exact, on-policy; log-probabilities need two branches.
     cond    samples guided, log-probabilities of the conditional branch only: as released by T2I-R1
@@ -339,9 +336,9 @@ def evaluate_policy(policy, reference, rewards, rows, cfg):
         rollouts = rollout(policy, rows, jobs[start : start + cfg.rollout_batch], -1, cfg)
         batch_rows = [rows[i] for _, _, i, _ in rollouts.keys]
         scores = reward_lib.score(rewards.all, rollouts.prompts, rollouts.images, batch_rows)
-        reference_NS = reference_logprobs(policy, reference, rollouts, cfg)
-        k3 = kl_k3(all_logprobs(policy, rollouts, cfg), reference_NS)
-        scores["kl"] = torch.where(rollouts.mask, k3, 0.0).sum(1)
+        own_NS2 = all_logprobs(policy, rollouts, cfg, generate.with_entropies)
+        k3 = kl_k3(own_NS2[..., 0], reference_logprobs(policy, reference, rollouts, cfg))
+        scores |= token_scores(k3, -own_NS2.sum(-1), rollouts.mask)
         records = make_records(rows, rollouts, scores | image_statistics(rollouts.images))
         results += zip(rollouts.keys, records, rollouts.images)
     # By sample number, then by prompt: the order of the jobs.

@@ -10,6 +10,9 @@ on runs of which gold knows the truth is in docs/results.md, "Which alarm tells?
     distance    KL to the base policy, nats; choosing the best of 16 of its pictures costs 1.8
     diversity   how much the distance between two pictures of a group has changed, as a share of
                 that of the first ten steps
+    sampler     how many standard errors -log pi(token) - entropy differs from 0, over the tokens of
+                the test pictures: then these were not sampled from the distribution that is scored
+                (a broken sampler, rounding, or --guidance cond). This is no hacking; it is worse
     parting     a CUSUM (Page, 1954) over the training steps. Each step adds how far a held-out
                 score is below its usual mean, in its usual deviations, minus SLACK. While the
                 reward is below its own usual mean, a step adds -SLACK. The sum never falls
@@ -24,13 +27,14 @@ import math
 from statistics import median, stdev
 
 from evaluation import hacking
-from training.records import mean, read_jsonl
+from training.records import mean, mean_over_prompts, read_jsonl
 
 USUAL = 10  # the first steps, whose mean and standard deviation are the usual ones
 SLACK = 1.0  # of CUSUM, in standard deviations; ten steps know their mean to .32
 # With 1 and 10, scores without any change set off a false alarm in 2 of 100 runs of 80 steps, 5 of
 # 300 steps and 8 of 1600 (tests/test_alarms.py simulates the first).
 LIMITS = {"held-out": 3.0, "pictures": 0.5, "distance": 2.0, "diversity": 0.1, "parting": 10.0}
+LIMITS["sampler"] = 5.0
 NO_QUALITY = set("brightness saturation edges entropy jpeg noise".split())
 
 
@@ -96,6 +100,17 @@ def diversity(run):
     return finite({i: abs(usual(values[i - USUAL : i])[0] / before - 1) for i in ends})
 
 
+def sampler(run):
+    values = {}
+    for step, records in test_records(run).items():
+        known = [r for r in records if "check/surprise" in r]
+        center, error = mean_over_prompts(
+            [r["check/surprise"] for r in known], [r["id"] for r in known]
+        )
+        values[step] = abs(in_errors(center, error))
+    return finite(values)
+
+
 def cusum(reward, heldout):
     """The sum after each step, of two lists of numbers."""
     (level, _), (center, deviation) = usual(reward[:USUAL]), usual(heldout[:USUAL])
@@ -118,7 +133,8 @@ def parting(run):
 
 
 ALARMS = {
-    f.__name__.replace("_", "-"): f for f in (held_out, pictures, distance, diversity, parting)
+    f.__name__.replace("_", "-"): f
+    for f in (held_out, pictures, distance, diversity, parting, sampler)
 }
 
 

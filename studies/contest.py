@@ -243,7 +243,8 @@ def detection_table(results):
     kinds["not hacked"] = [r for cure, r in runs if r["onset"] is None and cure != "control"]
     kinds["control"] = results.get("control", [])
     rows = []
-    for name in [*alarms.LIMITS, "any of them"]:
+    measured = [name for name in alarms.LIMITS if any(name in run["alarms"] for _, run in runs)]
+    for name in [*measured, "any of them"]:
         row = {"alarm": name, "limit": f"{alarms.LIMITS[name]:g}" if name in alarms.LIMITS else ""}
         for kind, members in kinds.items():
             steps = [r["alarms"] | {"any of them": first_step(r["alarms"])} for r in members]

@@ -57,6 +57,16 @@ def test_diversity_compares_ten_steps_with_the_first_ten(tmp_path):
     assert values == {20: pytest.approx(0.2), 21: pytest.approx(0.2)}
 
 
+def test_sampler_is_the_surprise_in_standard_errors(tmp_path):
+    """Means .1 and .3 of two prompts: mean .2, standard error .1. Older runs did not measure it."""
+    surprised = [{"hps": 0.5, "check/surprise": s} for s in (0.1, 0.3)]
+    run = make_run(tmp_path / "run", [[{"hps": 0.5}] * 2, surprised])
+    assert alarms.sampler(run) == {10: pytest.approx(2.0)}
+    opposite = [{"hps": 0.5, "check/surprise": s} for s in (-0.4, -0.5)]
+    run = make_run(tmp_path / "other", [opposite, opposite])
+    assert alarms.first_alarm("sampler", alarms.sampler(run)) == 0
+
+
 USUAL = [(0.5 + 0.1 * (-1) ** i, 0.8 + 0.1 * (-1) ** i) for i in range(10)]
 
 

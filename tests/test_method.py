@@ -1,6 +1,7 @@
 """The method, number by number. Each expected value is computed by hand or by a naive loop, and not
 by the code under test; so a wrong sign, a swapped bound or another constant fails here."""
 
+import copy
 import math
 import random
 
@@ -11,6 +12,7 @@ from conftest import tensor
 import generate
 import grpo
 import rewards
+from training import log
 from training import prompts as prompts_module
 from training.prompts import jobs_of_step, load_prompts, prompts_of_step
 
@@ -362,6 +364,26 @@ def test_equal_rollouts_do_not_dominate_each_other():
 def test_one_score_in_a_group_is_no_comparison():
     z = rewards.standardize(tensor(NAN, 3.0, NAN, NAN)[:, None], 2)[:, 0]
     assert z.tolist() == pytest.approx([NAN, 0, NAN, NAN], nan_ok=True)
+
+
+def test_what_is_sampled_is_what_is_scored_and_a_sharper_scorer_is_seen(policy, config):
+    """The mean of -log pi - entropy over the tokens of 64 pictures, in standard errors."""
+    prompts, keys = ["a red circle"] * 64, [(5, 0, 0, k) for k in range(64)]
+    rollouts, cfg = generate.sample(policy, prompts, keys, max_thought=40), config()
+
+    def surprise(scorer):
+        own_NS2 = grpo.all_logprobs(scorer, rollouts, cfg, generate.with_entropies)
+        assert torch.allclose(own_NS2[..., 0], grpo.all_logprobs(scorer, rollouts, cfg))
+        values = log.token_scores(own_NS2[..., 0], -own_NS2.sum(-1), rollouts.mask)
+        mean = values["check/surprise"]
+        return (mean.mean() / (mean.std() / 8)).item()
+
+    sharper = copy.deepcopy(policy)
+    with torch.no_grad():  # logits times 1.5
+        sharper.model.model.generation_head.vision_head.weight.mul_(1.5)
+        sharper.model.model.generation_head.vision_head.bias.mul_(1.5)
+    assert abs(surprise(policy)) < 3
+    assert abs(surprise(sharper)) > 5
 
 
 def test_a_failed_score_makes_the_total_nan_and_leaves_the_others_alone():

@@ -452,6 +452,7 @@ def test_a_test_draws_the_same_pictures_of_the_test_prompts_each_time(policy, co
     for record, mask, d in zip(records, rollouts.mask, ref - pi):
         kl = sum(math.exp(x) - x - 1 for x in d[mask].tolist())  # nats of the whole rollout
         assert record["kl"] == pytest.approx(kl, rel=1e-3) and kl > 0
+        assert abs(record["check/surprise"]) < 2  # nats: one picture's mean, of a few it is 0
     statistics = {"brightness", "saturation", "edges", "entropy"}
     assert {f"image/{name}" for name in statistics} <= records[0].keys()
 

@@ -28,6 +28,13 @@ def make_records(rows, rollouts, scores):
     return records
 
 
+def token_scores(k3_NS, surprise_NS, mask_NS):
+    """Two scores of each test picture: its KL, in nats, and the mean over its tokens of -log pi -
+    entropy. The latter is 0 on average, if the tokens were sampled from what is scored."""
+    kl, surprise = (torch.where(mask_NS, values, 0.0).sum(1) for values in (k3_NS, surprise_NS))
+    return {"kl": kl, "check/surprise": surprise / mask_NS.sum(1)}
+
+
 def summarize(records, trained, heldout, group_size):
     """One step's records -> numbers to log. A NaN score counts as failed and enters no mean; a
     group with one is left out of group_std."""
