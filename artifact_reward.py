@@ -158,10 +158,8 @@ class ArtifactReward:
         else:
             self.judge = ServedJudge(list(judge_urls) or [DEFAULT_URL], judge_model)
         self.address = self.judge.address if self.remote else ""
-        default = ROOT / "prompts/artifact.txt"
-        # A judge in this process may bring its own question. One on a server is another judge.
-        if not self.remote and (Path(checkpoint) / "artifact.txt").is_file():
-            default = Path(checkpoint) / "artifact.txt"
+        own = Path(checkpoint or "") / "artifact.txt"  # of a judge in this process, not on a server
+        default = own if own.is_file() and not self.remote else ROOT / "prompts/artifact.txt"
         self.question = read_question(question) or default.read_text(encoding="utf-8").strip()
 
     @property
