@@ -110,6 +110,7 @@ def test_a_win_rate_is_the_share_of_the_others_that_are_beaten():
     expected = [1, 1.5 / 3, 1.5 / 3, 0, 0, NAN, 1, 0.5]
     assert got.tolist() == pytest.approx(expected, nan_ok=True)
     assert cures.win_rates(tensor(2.0, NAN), 2).tolist() == pytest.approx([0, NAN], nan_ok=True)
+    assert cures.win_rates(tensor(1.0, 2.0), 2).tolist() == [0, 1]
 
 
 def test_doubtful_is_what_the_reward_overrates():
