@@ -113,6 +113,14 @@ def test_a_win_rate_is_the_share_of_the_others_that_are_beaten():
     assert cures.win_rates(tensor(1.0, 2.0), 2).tolist() == [0, 1]
 
 
+def test_the_share_bounds_how_many_of_a_group_are_doubted():
+    """U = 2/3 for the first two, -2/3 for the others."""
+    reward, judge = tensor(4.0, 3.0, 2.0, 1.0), tensor(2.0, 1.0, 4.0, 3.0)
+    for share, number in ((0.01, 1), (0.25, 1), (0.5, 2), (1.0, 2)):
+        assert cures.doubtful(reward, [judge], 4, share).tolist()[:2].count(True) == number
+        assert cures.doubtful(reward, [judge], 4, share).sum() == number
+
+
 def test_doubtful_is_what_the_reward_overrates():
     reward = tensor(4.0, 3.0, 2.0, 1.0, 1.0, 2.0, 3.0, 4.0)
     judge = tensor(1.0, 3.0, 2.0, 4.0, 1.0, 2.0, 3.0, 4.0)  # the second group: they agree
