@@ -123,7 +123,7 @@ def parse_rubric(text):
     """A question, or a rubric: lines "0.62 question", as `apo.py --rubric` writes them ->
     [(weight, question)]; the weights sum to 1.
 
-    >>> parse_rubric("0.3 Is it torn? yes or no\\n0.1 Is it noisy? yes or no")
+    >>> parse_rubric("1.5 Is it torn? yes or no\\n0.5 Is it noisy? yes or no")
     [(0.75, 'Is it torn? yes or no'), (0.25, 'Is it noisy? yes or no')]"""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     lines = [re.fullmatch(r"(\d*\.\d+)\s+(.+)", line) for line in lines]
