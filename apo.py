@@ -265,7 +265,7 @@ def load_writer(cfg, judge):
     """The served model that writes, or None for the scripted editor of the tiny world."""
     tiny = cfg.checkpoint == "tiny" and not (cfg.judge_url or cfg.writer_url)
     if cfg.writer == "scripted" or (cfg.writer == "auto" and tiny):
-        print("a scripted editor proposes the changes" + ": no tiny model can write" * tiny)
+        print("a scripted editor proposes the changes; it takes the place of a model that writes")
         return None
     if cfg.writer_url:
         return ServedJudge([cfg.writer_url], cfg.writer_model)
