@@ -258,44 +258,39 @@ def detection_table(results):
     return rows
 
 
-def draw_cures(axis, results, name):
-    """Proxy gain against the gain of `name`: a marker for each cure, thin lines to its seeds, names
-    at the right."""
-    points = []
-    for cure, runs in results.items():
-        (x, _), (y, _) = (changes(runs)[measure] for measure in ("hps", name))
-        color = FAMILIES[CURES[cure]["family"] if cure != STOPPED else "stop early"]
-        for run in runs:
-            ends = [x, gain(run, "hps")], [y, gain(run, name)]
-            axis.plot(*ends, color=color, linewidth=0.8, alpha=0.5)
-        axis.plot(x, y, "o", color=color, markersize=8, markeredgecolor="white")
-        points.append((y, x, cure, color))
-    axis.axhline(0, color="black", linewidth=0.6)
-    axis.axvline(0, color="black", linewidth=0.6)
-    axis.grid(alpha=0.3)
-    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-    axis.fill_between([0, right], bottom, 0, color="#D55E00", alpha=0.08, linewidth=0)
-    axis.text(right, bottom, "proxy up, truth down ", ha="right", va="bottom", color="#A04000")
-    axis.set(xlim=(left, right), ylim=(bottom, top))
-    place = {"textcoords": "axes fraction", "va": "center", "fontsize": 9}
-    for i, (y, x, cure, color) in enumerate(sorted(points)):
-        line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.7}
-        at = (1.03, (i + 0.5) / len(points))  # ordered as the markers are, evenly spaced
-        axis.annotate(cure, (x, y), xytext=at, color=color, arrowprops=line, **place)
+def color_of(cure):
+    return FAMILIES[CURES[cure]["family"] if cure != STOPPED else "stop early"]
 
 
 def contest_figure(results, path):
-    """Up and right is better."""
+    """A row for each cure, the most gold first: a dot for each seed; with three or more, a line for
+    the 95 % interval of their mean. Left the proxy, then two measures of the truth."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 1, figsize=(9, 12), layout="constrained")
-    titles = {"artifact-free": "the share of artifact-free pictures", "gold": "gold"}
-    for axis, (name, title) in zip(axes, titles.items()):
-        draw_cures(axis, results, name)
-        axis.set(xlabel="change of hps (the proxy)", ylabel=f"change of {title} (the truth)")
+    order = sorted(results, key=lambda cure: changes(results[cure])["gold"][0])
+    panels = {"hps": " (the proxy)", "gold": " (the truth)", "artifact-free": ""}
+    size = {"figsize": (10, 1.2 + 0.27 * len(order)), "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(panels), sharey=True, **size)
+    for axis, (name, role) in zip(axes, panels.items()):
+        for y, cure in enumerate(order):
+            values, color = [MEASURES[name](run) for run in results[cure]], color_of(cure)
+            center, width = interval(values)
+            if len(values) > 2:
+                axis.hlines(y, center - width, center + width, color=color, linewidth=5, alpha=0.35)
+            axis.scatter(values, [y] * len(values), 30, color=color, edgecolors="white", zorder=2)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(f"change of {name}{role}", fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(order)), order, fontsize=9)
+    for label, cure in zip(axes[0].get_yticklabels(), order):
+        label.set_color(color_of(cure))
+    for axis in axes[1:]:  # worse than before training
+        left, right = axis.get_xlim()
+        axis.axvspan(left, 0, color="#D55E00", alpha=0.08, linewidth=0)
+        axis.set(xlim=(left, right), ylim=(-0.7, len(order) - 0.3))
     with atomic(path, "wb") as file:
         figure.savefig(file, format="png", dpi=80)
     plt.close(figure)
