@@ -25,15 +25,14 @@ import tyro
 
 from evaluation.curves import HACK, OTHERS
 from evaluation.tables import interval
+from studies import contest
 from studies.contest import file_name, gain, print_table, train_missing
 from training.files import ROOT, atomic
 from training.records import mean
 
-# Variant -> flags of grpo.py. The first is the default.
+# Variant -> flags of grpo.py. The first is the default; the contest trains it.
 VARIANTS = json.loads((ROOT / "studies/optimisers.json").read_text())
-COMMON = "--best-of 0 --save-steps 1000 --eval-steps 20"
-HELD_OUT = {"hps": "artifact,gold,gold-clean,gold-aligned"}
-HELD_OUT["noise"] = f"hps,{HELD_OUT['hps']}"
+REWARDS = {"hps": "no cure", "noise": "control"}  # reward -> its name in the contest
 
 
 @dataclass
@@ -47,21 +46,24 @@ class Config:
 
 def job(cfg, variant, reward, seed):
     """(flags, result file, facts) of one run, for `train_missing`."""
+    entry = contest.Config(output_dir=cfg.output_dir)
+    flags = contest.command(entry, REWARDS[reward], seed)
+    if not VARIANTS[variant]:
+        file = contest.result_file(entry, REWARDS[reward], seed)
+        return flags, file, {"cure": REWARDS[reward], "seed": seed}
     name = file_name(f"{variant} {reward} seed{seed}")
-    flags = ["--rewards", reward, "--eval-rewards", HELD_OUT[reward], *COMMON.split()]
-    flags += [*shlex.split(VARIANTS[variant]), "--seed", str(seed)]
-    flags += ["--output-dir", cfg.output_dir, "--run-name", name, "--resume", "latest"]
+    flags[flags.index("--run-name") + 1] = name
+    flags += shlex.split(VARIANTS[variant])
     facts = {"variant": variant, "reward": reward, "seed": seed}
     return flags, Path(cfg.results) / f"{name}.json", facts
 
 
 def read_results(jobs):
-    """(variant, reward) -> numbers of its finished runs."""
+    """jobs: (variant, reward, seed) -> job. (variant, reward) -> numbers of its finished runs."""
     results = {}
-    for _, file, facts in jobs:
+    for (variant, reward, _), (_, file, _) in jobs.items():
         if file.is_file():
-            key = facts["variant"], facts["reward"]
-            results.setdefault(key, []).append(json.loads(file.read_text()))
+            results.setdefault((variant, reward), []).append(json.loads(file.read_text()))
     return results
 
 
@@ -69,7 +71,7 @@ def table(results):
     """A row for each variant; the gain of hps in standard deviations within a prompt."""
     rows = []
     for variant in VARIANTS:
-        runs, control = (results.get((variant, reward), []) for reward in ("hps", "noise"))
+        runs, control = (results.get((variant, reward), []) for reward in REWARDS)
         if not (runs and control):
             continue
         gained = [gain(run, "hps") / run["deviation"] for run in runs]
@@ -100,7 +102,7 @@ def figure(results, path):
     drawing, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     colors = iter([HACK, *OTHERS, "#0072B2", "#000000", "#8C5A9E"] * 3)
     for variant in VARIANTS:
-        runs, control = (results.get((variant, reward), []) for reward in ("hps", "noise"))
+        runs, control = (results.get((variant, reward), []) for reward in REWARDS)
         if not (runs and control):
             continue
         color, tests = next(colors), range(len(runs[0]["tests"]))
@@ -125,13 +127,13 @@ def figure(results, path):
 
 
 def main(cfg):
-    jobs = [
-        job(cfg, variant, reward, seed)
+    jobs = {
+        (variant, reward, seed): job(cfg, variant, reward, seed)
         for seed in range(1, cfg.seeds + 1)
         for variant in VARIANTS
-        for reward in HELD_OUT
-    ]
-    errors = train_missing(jobs, cfg.workers)
+        for reward in REWARDS
+    }
+    errors = train_missing(list(jobs.values()), cfg.workers)
     results = read_results(jobs)
     figure(results, cfg.figure)
     print_table(table(results), errors)
