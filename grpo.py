@@ -49,7 +49,7 @@ class Config:
     epsilon: float = 0.2  # clip range below 1
     epsilon_high: float = 0.2  # clip range above 1; DAPO takes .28
     updates_per_rollout: int = 1  # optimizer steps on the same rollouts; with 1 nothing is clipped
-    # divide by the std of the group (GRPO), of the batch (Flow-GRPO), by 1 (Dr.GRPO); best: RAFT
+    # group: / its std (GRPO); none: / 1 (Dr. GRPO); global: / std of the batch; best: RAFT
     advantage: Literal["group", "none", "global", "best"] = "group"
     combine: Combine = "sum"  # several rewards -> one number, see rewards.combine
     floor: float = 0.7  # combine=constrained: each reward but the first is to stay above this

@@ -3,10 +3,10 @@
     reward = rewards.load("hps")
     scores = reward(prompts, images, metadata)    # (N,) float32, higher is better, NaN = no score
 
-A reward model measures what it was trained on, and nothing else. HPS was fitted to choices between
-two pictures (Bradley-Terry: P(a over b) = sigmoid(s_a - s_b)). If its data never compared a clean
-picture with a broken one, it cannot score broken pictures lower. ArtifactReward is asked about
-faults only. `combine` turns several rewards into one number.
+A reward model measures what it was trained on, and little else. HPS was fitted to choices between
+two pictures (Bradley-Terry: P(a over b) = sigmoid(s_a - s_b)). Where faults did not influence these
+choices, it has no reason to score broken pictures lower. ArtifactReward is asked about faults only.
+`combine` turns several rewards into one number.
 
 Run:   python rewards.py --list
        python rewards.py --list --verbose         also: the command that downloads or starts each

@@ -57,7 +57,7 @@ class Statistic:
     range = (0.0, 1.0)
     needs = ()
     checkpoint = None
-    reference = "hacked pictures look alike"
+    reference = "an early sign of hacking"
     heldout_only = True
 
     def __init__(self, device="cpu", checkpoint=None):

@@ -1,4 +1,4 @@
-"""A blind test: does a person see that pictures are broken, as gold-clean says?
+"""A blind test: does a viewer who knows nothing of the project see what is broken?
 
 From each run, two samples of test pictures before training and after it, side by side in random
 order, without a word about which is which. Somebody who knows nothing of the project says for each

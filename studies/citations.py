@@ -6,7 +6,7 @@ what it is about. So these tables are computed from the code and cannot be out o
 Run:   python -m studies.citations
        cog -r -I . README.md docs/*.md     write them into the documents
 
-You should see:  four tables: the scripts, the rooms, all files, the papers.
+You should see:  four tables: the scripts, the folders, all files, the papers.
 
 Read next: any row
 """
@@ -20,20 +20,20 @@ from evaluation.tables import markdown
 from training.files import ROOT
 
 SCRIPTS = "grpo generate rewards artifact_reward apo evaluate adversarial_reward".split()
-ROOMS = "training evaluation reward_models tiny_world studies".split()
+FOLDERS = "training evaluation reward_models tiny_world studies".split()
 # arXiv number -> title of every paper that the code cites
 TITLES = json.loads((ROOT / "studies/papers.json").read_text(encoding="utf-8"))
 LINES_PER_MINUTE = 20  # code that is read line by line, with its comments
 
 
-def files_in(room):
-    return [path for path in sorted((ROOT / room).glob("*.py")) if path.name != "__init__.py"]
+def files_in(folder):
+    return [path for path in sorted((ROOT / folder).glob("*.py")) if path.name != "__init__.py"]
 
 
 def all_files():
-    """Every file of the product: the scripts in reading order, then room by room."""
+    """Every file of the product: the scripts in reading order, then folder by folder."""
     scripts = [ROOT / f"{name}.py" for name in SCRIPTS]
-    return scripts + [path for room in ROOMS for path in files_in(room)]
+    return scripts + [path for folder in FOLDERS for path in files_in(folder)]
 
 
 def first_line(path):
@@ -56,13 +56,9 @@ def files_table():
     return markdown([row_of(path) for path in all_files()])
 
 
-def rooms_table():
-    rows = []
-    for room in ROOMS:
-        files = ", ".join(f"`{path.name}`" for path in files_in(room))
-        what = first_line(ROOT / room / "__init__.py")
-        rows.append({"room": f"`{room}/`", "what": what, "files": files})
-    return markdown(rows)
+def folders_table():
+    what = {folder: first_line(ROOT / folder / "__init__.py") for folder in FOLDERS}
+    return markdown([{"folder": f"`{name}/`", "what": text} for name, text in what.items()])
 
 
 def place(tree, line):
@@ -95,7 +91,7 @@ def papers_table():
 
 
 def main():
-    for table in (scripts_table, rooms_table, files_table, papers_table):
+    for table in (scripts_table, folders_table, files_table, papers_table):
         print(table() + "\n")
 
 

@@ -25,7 +25,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from studies.citations import ROOMS, SCRIPTS, all_files, files_in, first_line
+from studies.citations import FOLDERS, SCRIPTS, all_files, files_in, first_line
 from training.files import ROOT, atomic
 
 FIGURES = ("hacking.png", "group.png", "contest.png")
@@ -47,7 +47,7 @@ def places_near(folder):
     """Name of a file, as a docstring in this folder may write it -> the file."""
     files = all_files()
     places = {other.relative_to(ROOT).as_posix(): other for other in files}
-    near = sorted(files, key=lambda other: other.parent == folder)  # of two, that of the room
+    near = sorted(files, key=lambda other: other.parent == folder)  # of two, that of the folder
     return places | {other.name: other for other in near}
 
 
@@ -130,11 +130,11 @@ def write_pages(folder):
         title, following = path.relative_to(ROOT).as_posix(), after and page_name(after)
         with atomic(folder / page_name(path)) as file:
             file.write(template.render(title=title, parts=parts, after=following, styles=styles))
-    rooms = {"The method, in reading order": [ROOT / f"{name}.py" for name in SCRIPTS]}
-    rooms |= {first_line(ROOT / room / "__init__.py"): files_in(room) for room in ROOMS}
+    chapters = {"The method, in reading order": [ROOT / f"{name}.py" for name in SCRIPTS]}
+    chapters |= {first_line(ROOT / name / "__init__.py"): files_in(name) for name in FOLDERS}
     chapters = {
         title: [(page_name(p), p.relative_to(ROOT).as_posix(), first_line(p)) for p in paths]
-        for title, paths in rooms.items()
+        for title, paths in chapters.items()
     }
     figures = [name for name in FIGURES if (ROOT / "docs" / name).is_file()]
     for name in figures:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What is still to be measured on a GPU, in one go: about 20 minutes on an H100. No weights are downloaded.
+# What is still to be measured on a GPU, in one go. No weights are downloaded.
 #
 #   bash studies/on_gpu.sh        then read runs/gpu/*.log
 #

@@ -12,7 +12,7 @@ Run:   python -m studies.optimiser              train what is missing (hours; a 
 
 You should see:  a progress bar over all runs, then one line for each variant.
 
-Read next: docs/results.md, "A calm optimiser"
+Read next: docs/results.md, "Learning rate and drift"
 """
 
 import json

@@ -22,10 +22,12 @@ from training.files import ROOT
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = sorted(ROOT.glob("*.py"))
-PRODUCT = SCRIPTS + sorted(path for room in citations.ROOMS for path in (ROOT / room).glob("*.py"))
+PRODUCT = SCRIPTS + sorted(
+    path for folder in citations.FOLDERS for path in (ROOT / folder).glob("*.py")
+)
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PRODUCT}
 
-# A module imports only from layers above it in this list, or from its own room. As in the README.
+# A module imports only from layers above it in this list, or from its own folder. As in the README.
 LAYERS = [
     ["training"],
     ["evaluation"],
@@ -220,7 +222,7 @@ def test_there_are_commands_to_be_tested():
 def test_every_local_link_leads_somewhere(path):
     text = path.read_text()
     links = [(path.parent, link) for link in re.findall(r"\]\(([^)#]+)\)", text)]
-    folders = "|".join(["docs", "tests", "prompts", *citations.ROOMS])
+    folders = "|".join(["docs", "tests", "prompts", *citations.FOLDERS])
     links += [(ROOT, link) for link in re.findall(rf"`((?:{folders})/[\w/.-]+)`", text)]
     assert [link for base, link in links if "://" not in link and not (base / link).exists()] == []
 

@@ -1,4 +1,4 @@
-"""docs/hacking.ipynb is made from studies/hacking_notebook.md by jupytext (README.md has the
+"""docs/hacking.ipynb is made from studies/hacking_notebook.md by jupytext (docs/code.md has the
 command), and its cells run: here in a short form."""
 
 import re

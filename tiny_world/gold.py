@@ -9,7 +9,8 @@ place that fit best, draws the scene again from these objects, and compares.
     gold     = aligned * clean
 
 `unexplained` counts the pixels that no object accounts for: debris, holes, halos, bleeding colours,
-two shapes fused into one. No policy is trained on gold; it is a held-out measure.
+two shapes fused into one. No policy is trained on gold. The judge is, in part: gold-clean labels
+the policy's own pictures, a quarter of the judge's training data (train_judge.py).
 
 Read next: questions.py
 """

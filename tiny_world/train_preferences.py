@@ -5,8 +5,8 @@ A preference model learns from choices between two pictures, by Bradley-Terry:
     P(a preferred over b) = sigmoid(s_a - s_b),     s = temperature * cos(picture, prompt)
 
 The utility behind the choices rewards the right objects, large and vivid ones. Two pictures in five
-are corrupted, and the utility ignores that. So the preference model does not notice artifacts: its
-data say nothing about them.
+are corrupted, and the utility ignores that. So the data give the preference model no reason to
+notice artifacts.
 
 Read next: train_judge.py
 """
@@ -65,8 +65,8 @@ def utility(prompt, scene):
     colour, so for large and vivid ones. It is that of the scene, not of the pixels, so it knows
     nothing of artifacts.
 
-    The weights make the textbook curve. With 3 for colour, RL never improves the pictures: all
-    groups differ in colour, and only some in alignment. With 1.5 alignment improves first."""
+    The weights make the textbook curve. All groups differ in colour, and only some in alignment, so
+    the weight of colour is small: alignment improves first."""
     return 4 * alignment(prompt, scene) + 1.5 * color(scene) / usual_color(len(scene))
 
 

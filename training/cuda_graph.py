@@ -1,4 +1,4 @@
-"""The sampling loop of generate.py, recorded on a GPU: the same tokens, several times as fast.
+"""The sampling loop of generate.py, recorded on a GPU: the same tokens, fewer calls from Python.
 
 For one token a GPU needs less time than Python does to start its thousand kernels one by one: the
 GPU would wait for Python. A CUDA graph records the kernels of one step once; a single call

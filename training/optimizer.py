@@ -1,7 +1,7 @@
 """AdamW, and its learning rate.
 
 Adam gives each weight a step of about the learning rate, whatever the size of its gradient. With a
-gradient that is mostly noise this is a random walk: docs/results.md, "A calm optimiser".
+gradient that is mostly noise this is a random walk: docs/results.md, "Learning rate and drift".
 
 Read next: stopping.py
 """
