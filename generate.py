@@ -440,7 +440,7 @@ def main(cfg):
         rows, sample_batch, settings, cfg.output_dir, num_images, batch_size, cfg.overwrite
     )
     if cfg.layout != "geneval":
-        out = f"{cfg.output_dir}-{cfg.layout}"
+        out = f"{Path(cfg.output_dir)}-{cfg.layout}"
         made = export(cfg.output_dir, cfg.layout, out, Path(cfg.prompts).stem)
         print(f"the same as {made} files for the official scorer, in {out}/")
 

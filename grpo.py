@@ -108,7 +108,7 @@ from artifact_reward import read_question
 from evaluation.figures import report_page
 from reward_models.image_statistics import image_statistics
 from training import checks, processes, run_folder, sharding, stopping
-from training.cures import OFF, Cure, flatten_gradient
+from training.cures import OFF, Cure, flatten_gradient, pareto_front
 from training.log import Log, make_records, token_scores
 from training.memory_plan import print_plan
 from training.model_card import push_to_hub
@@ -313,6 +313,8 @@ def train_step(policy, reference, rewards, optimizer, rollouts, rows, step, cfg,
     all_rewards = torch.tensor(processes.gather(total.tolist()))
     first = sum(processes.gather([len(total)])[: processes.rank()])
     advantages = group_advantages(all_rewards, G, cfg.advantage)[first : first + len(total)]
+    if cfg.combine == "pareto":
+        advantages = advantages * pareto_front(scores, rewards.weights, G)
     advantages = cure.advantages(advantages, rollouts.images, G)
     optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
     parts = (policy, reference_NS, optimizer, rollouts, advantages, cfg)
@@ -355,8 +357,8 @@ def best_of_n_pool(policy, reference, rewards, rows, cfg):
         with sharding.as_reference(policy, reference) as original:
             rollouts = rollout(original, rows, [(i, k) for k in range(n)], -2, cfg)
         scores = reward_lib.score(rewards.all, rollouts.prompts, rollouts.images, [rows[i]] * n)
-        how = "sum" if cfg.combine == "pareto" else cfg.combine  # pareto ranks only some of them
-        scores["total"] = reward_lib.combine(scores, rewards.weights, n, how, rewards.multipliers)
+        weights, multipliers = rewards.weights, rewards.multipliers
+        scores["total"] = reward_lib.combine(scores, weights, n, cfg.combine, multipliers)
         pool += make_records(rows, rollouts, scores)
     return processes.gather(pool)
 

@@ -306,23 +306,15 @@ def standardize(values_NK, group_size):
     return ((groups - mean) / (std + 1e-4)).view_as(values_NK)
 
 
-def dominated(values_NK, group_size):
-    """(N,) bool: is another rollout of the group at least as good in every reward and better in
-    one? (Pareto dominance)"""
-    groups = values_NK.view(-1, group_size, values_NK.shape[-1])
-    a, b = groups[:, :, None], groups[:, None]
-    return ((b >= a).all(-1) & (b > a).any(-1)).any(2).view(-1)
-
-
 def combine(scores, weights, group_size, how="sum", multipliers=None):
     """Many rewards -> one number for each rollout, (N,). NaN marks a rollout that gets no
-    advantage: one of its scores failed, or (pareto) it is dominated. z: z-score in the group.
+    advantage, because one of its scores failed. z: z-score in the group.
 
     sum          sum_k w_k r_k: the paper, and T2I-R1. The reward with the largest scale dominates.
-    normalized   sum_k w_k z_k: all rewards count alike (GDPO).
+    normalized   sum_k w_k z_k: all rewards count alike (with --advantage global: GDPO).
     mean, min    of the z_k: ensembles (Coste et al., arXiv:2310.02743: mean and worst case).
     uwo          mean - 0.5 variance of the z_k (there, of r; our rewards differ in scale).
-    pareto       sum, over rollouts that are not dominated (Parrot, arXiv:2401.05675).
+    pareto       sum; only the Pareto front of a group teaches: training/cures.py, pareto_front.
     winrate      sum_k w_k (share of the group's others that r_k puts lower): only the order counts,
                  so a tiny difference counts as much as a large one (Pref-GRPO, arXiv:2508.20751).
     quantized    sum_k of w_k r_k rounded to tenths: tiny differences teach nothing (as in
@@ -332,16 +324,13 @@ def combine(scores, weights, group_size, how="sum", multipliers=None):
     names = list(weights)
     values = torch.stack([scores[name] for name in names], 1)  # (N, K)
     weight = torch.tensor([weights[name] for name in names])
-    if how == "sum":
+    if how in ("sum", "pareto"):
         return (values * weight).sum(1)
     if how == "winrate":
         columns = [win_rates(column, group_size) for column in values.T]
         return (torch.stack(columns, 1) * weight).sum(1)
     if how == "quantized":
         return (values * weight * 10).round().sum(1) / 10
-    if how == "pareto":
-        beaten = dominated(values * weight.sign(), group_size)
-        return (values * weight).sum(1).masked_fill(beaten, math.nan)
     if how == "constrained":
         multiplier = torch.tensor([multipliers[name] for name in names[1:]])
         return values[:, 0] + (values[:, 1:] * multiplier).sum(1)

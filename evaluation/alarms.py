@@ -4,7 +4,8 @@ Each alarm is a number that a run gives for each test, or each step, and a limit
 limits do on runs with gold see docs/results.md, "Which alarms find hacking without gold?".
 
     held-out    how many standard errors a held-out score (not gold) has fallen since the first
-                test, picture by picture, while the first training reward rose
+                test, picture by picture, while the training reward rose (the first one that does
+                not learn along with the policy)
     pictures    how far brightness, saturation, edges or entropy of the test pictures have moved,
                 the farthest of the four, in standard deviations over the base policy's pictures
     distance    KL to the base policy, nats; choosing the best of 16 of its pictures costs 1.8
@@ -61,8 +62,8 @@ def in_errors(change, error):
 
 def held_out(run):
     config, (first, *later) = hacking.read_run(run).config, test_records(run).items()
-    proxy, names, values = hacking.names_in(config, "rewards")[0], held_out_names(config), {}
-    for step, records in later if names else ():
+    proxy, names, values = hacking.proxy_of(config), held_out_names(config), {}
+    for step, records in later if names and proxy else ():
         falls = [in_errors(*hacking.paired(first[1], records, name)) for name in names]
         known = [fall for fall in falls if not math.isnan(fall)]
         rises = hacking.paired(first[1], records, proxy)[0] > 0
@@ -95,7 +96,7 @@ def distance(run):
 def diversity(run):
     values = [step["diversity"] for step in hacking.read_run(run).steps]
     before = usual(values[:USUAL])[0]
-    ends = range(2 * USUAL, len(values) + 1)
+    ends = range(2 * USUAL, len(values) + 1) if before else ()  # all alike from the beginning
     return finite({i: abs(usual(values[i - USUAL : i])[0] / before - 1) for i in ends})
 
 
@@ -123,8 +124,8 @@ def cusum(reward, heldout):
 
 def parting(run):
     config, steps, _, _ = hacking.read_run(run)
-    proxy, sums = hacking.names_in(config, "rewards")[0], {}
-    for name in held_out_names(config):
+    proxy, sums = hacking.proxy_of(config), {}
+    for name in held_out_names(config) if proxy else ():
         columns = [[step[key] for step in steps] for key in (f"reward/{proxy}", f"held-out/{name}")]
         for step, value in enumerate(cusum(*columns), 1):
             sums[step] = max(sums.get(step, 0.0), value)

@@ -32,14 +32,15 @@ def colors_of(groups):
     return colors
 
 
-def means_over_seeds(members, name):
-    """(steps, sqrt(KL), mean, half width of the 95 % interval over seeds) of one measure, a row for
-    each test that all seeds have."""
+def means_over_seeds(members, name, change=False):
+    """(steps, sqrt(KL), mean, half width of the 95 % interval over seeds) of one measure, or of its
+    change since the first test; a row for each test that all seeds have."""
     by_step = defaultdict(list)
     for _, records in members:
         for test in records.tests:
             if name in test:
-                by_step[test["step"]].append((math.sqrt(max(0.0, test["kl"])), test[name]))
+                value = test[name] - (records.tests[0][name] if change else 0)
+                by_step[test["step"]].append((math.sqrt(max(0.0, test["kl"])), value))
     rows = [
         (step, mean(kl for kl, _ in pairs), *interval([value for _, value in pairs]))
         for step, pairs in sorted(by_step.items())
@@ -62,18 +63,18 @@ def deviation(members, name):
 def draw_headline(axis, groups, colors):
     """Proxy and truth in one panel: change since the first test, in standard deviations within a
     prompt. A solid line for the first training reward, a dashed one for gold."""
-    proxies = [trained.split(",")[0].split(":")[0] for trained in groups if trained != "noise"]
-    proxy = proxies[0] if proxies else "noise"
+    configs = [members[0][1].config for trained, members in groups.items() if trained != "noise"]
+    proxy = next((name for name in map(hacking.proxy_of, configs) if name), "noise")
     for trained, members in groups.items():
         for name, style in ((proxy, "-"), ("gold", "--")):
-            steps, _, center, width = means_over_seeds(members, name)
+            steps, _, center, width = means_over_seeds(members, name, change=True)
             unit = deviation(members, name)
             if not len(steps) or not unit > 0:
                 continue
             line = dict(color=colors[trained], linestyle=style, linewidth=2)
             label = f"{name}, trained on {trained}"
-            axis.plot(steps, (center - center[0]) / unit, label=label, **line)
-            low, high = (center - width - center[0]) / unit, (center + width - center[0]) / unit
+            axis.plot(steps, center / unit, label=label, **line)
+            low, high = (center - width) / unit, (center + width) / unit
             axis.fill_between(steps, low, high, color=colors[trained], alpha=0.15, linewidth=0)
         found = [step for step in (hacking.onset(run) for run, _ in members) if step is not None]
         if found:
@@ -98,7 +99,8 @@ def draw_measure(by_step, by_kl, name, groups, colors):
         by_step.fill_between(steps, center - width, center + width, **band)
         by_kl.plot(distance, center, "o-", **style)
         pool = members[0][1].pool
-        if pool and trained != "noise" and (name in pool[0] or name == "artifact-free"):
+        needed = "gold-clean" if name == "artifact-free" else name
+        if pool and trained != "noise" and needed in pool[0]:
             largest = max(record["sample"] for record in pool) + 1
             ns = [2**i for i in range(10) if 2**i <= largest]
             distance = [math.sqrt(math.log(n) - (n - 1) / n) for n in ns]

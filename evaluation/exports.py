@@ -11,6 +11,7 @@ Read next: layouts.py, which has all layouts
 import functools
 import hashlib
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def export(root, layout, out, style="photo"):
             name = f"{style}/{index:05d}.jpg" if layout == "hpdv2" else f"{id_}.png"
             make[name] = functools.partial(opened, paths[0])
     place = {"t2i-compbench": "samples", "hpdv2": style}.get(layout, ".")
+    if layout == "t2i-compbench" and {len(entries) for entries in groups.values()} != {10}:
+        print("3_in_1.py of T2I-CompBench takes ten pictures of each prompt: --num-images 10")
     write_files(Path(out), layout, place, make)
     return len(make)
 
@@ -111,7 +114,8 @@ def write_files(out, layout, place, make):
     digest = lambda name: hashlib.sha256((out / name).read_bytes()).hexdigest()
     inside = lambda name: place == "." or name.startswith(f"{place}/")
     for partial in out.rglob(".*.partial"):  # of an export that was killed
-        partial.unlink()
+        if re.fullmatch(r".+\.[0-9a-f]{8}\.partial", partial.name) and partial.is_file():
+            partial.unlink()
     there = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     going = {name for name in there & written.keys() if inside(name) or layout != earlier_layout}
     unknown = {name for name in there - written.keys() if inside(name)}

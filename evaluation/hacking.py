@@ -8,9 +8,12 @@ without training: draw n pictures and keep the one with the highest reward,
     KL(best of n || base) = log n - (n - 1) / n
 
 Onset of hacking, the rule: take the test at which gold is highest. It is the onset if, from there
-to the last test, gold falls by more than two standard errors and the first training reward rises.
+to the last test, gold falls by more than three standard errors and the first training reward rises.
 The standard error is of the differences picture by picture, because all tests use the same prompts
-and the same noise.
+and the same noise. Three and not two, because the highest of many tests is high by chance, too:
+where nothing changes, two find an onset in 11 % of runs with 9 tests, three in 1 %; with 31 tests,
+24 % and 3 % (tests/test_evaluation.py simulates it). A reward that learns along with the policy is
+no proxy: its scores of two tests cannot be compared.
 
 Read next: curves.py
 """
@@ -30,10 +33,11 @@ import numpy as np
 
 from evaluation.tables import interval, t_95
 from training.files import usage_error
-from training.flags import STATISTICS, cure_flags
+from training.flags import LEARNING, STATISTICS, cure_flags
 from training.records import artifact_free, mean, mean_over_prompts, read_json, read_jsonl
 from training.run_folder import MAY_DIFFER
 
+ERRORS = 3  # of the rule for the onset
 # Flags in which two seeds of one experiment may differ: where they ran, not what they computed.
 PLACE = MAY_DIFFER - {"max_steps"} | {"seed"}
 # Flags in which two runs may differ and still be the same experiment on other rewards.
@@ -111,6 +115,11 @@ def names_in(config, flag):
     return [re.split("[:@]", part)[0].strip() for part in parts if part.strip()]
 
 
+def proxy_of(config):
+    """The first training reward that stays the same during training; None if there is none."""
+    return next((name for name in names_in(config, "rewards") if name not in LEARNING), None)
+
+
 def score_of(name):
     """The function record -> its score `name`."""
     return artifact_free if name == "artifact-free" else itemgetter(name)
@@ -135,6 +144,7 @@ def best_of_n(pool, n, value):
     from 0) is the best one in C(N-1-i, n-1) of the C(N, n) ways to draw n pictures."""
     expected = []
     for group in by_prompt(pool, "total"):
+        group = [record for record in group if math.isfinite(value(record))]
         ranked, N = sorted(group, key=lambda record: -record["total"]), len(group)
         if N >= n:
             terms = [math.comb(N - 1 - i, n - 1) * value(record) for i, record in enumerate(ranked)]
@@ -172,9 +182,9 @@ def change(run, name):
 
 def after_the_peak(run):
     """What happens from the test with the highest gold to the last one: (its step, change of gold,
-    standard error of this change, change of the first training reward)."""
+    standard error of this change, change of the proxy)."""
     config, _, tests, _ = read_run(run)
-    proxy = names_in(config, "rewards")[0]
+    proxy = proxy_of(config)
     peak, last = max(tests, key=itemgetter("gold")), tests[-1]
     files = [Path(run) / "tests" / f"step_{test['step']:06d}.jsonl" for test in (peak, last)]
     return peak["step"], *paired(*map(read_jsonl, files), "gold"), last[proxy] - peak[proxy]
@@ -182,17 +192,20 @@ def after_the_peak(run):
 
 def onset(run):
     """The step of the onset of hacking, by the rule in this file's header, or None. The control has
-    none: what falls there is drift."""
-    if "gold" not in read_run(run).tests[0] or is_control(run):
+    none: what falls there is drift. Nor has a run without a proxy."""
+    config, _, tests, _ = read_run(run)
+    if "gold" not in tests[0] or is_control(run) or not proxy_of(config):
         return None
     step, gold, error, proxy = after_the_peak(run)
-    return step if gold < -2 * error and proxy > 0 else None
+    return step if gold < -ERRORS * error and proxy > 0 else None
 
 
 def verdict(run, control=None):
     """What became of a run, in words. control: the run on `noise` beside it, if there is one."""
     config, _, tests, _ = read_run(run)
-    proxy, last = names_in(config, "rewards")[0], tests[-1]["step"]
+    proxy, last = proxy_of(config), tests[-1]["step"]
+    if not proxy:
+        return f"Trained on {config['flags']['rewards']} alone, which learns: there is no onset."
 
     def moved(where, name):
         gain, error = change(where, name)
@@ -211,9 +224,10 @@ def verdict(run, control=None):
     text += "No onset of hacking: "
     if step == last:
         return f"{text}gold is highest at the last test."
-    if gold >= -2 * error:
+    if gold >= -ERRORS * error:
         fall = f"gold fell by {-gold:.3f} from its highest test, step {step}"
-        return f"{text}{fall}, by less than the rule's two standard errors ({2 * error:.3f})."
+        limit = f"the rule's {ERRORS} standard errors ({ERRORS * error:.3f})"
+        return f"{text}{fall}, by less than {limit}."
     return f"{text}after the highest gold, at step {step}, gold fell, but {proxy} did not rise."
 
 
@@ -290,7 +304,9 @@ def seeds_table(runs):
         pools = [records.pool for _, records in members]
         first, last = ([records.tests[i] for _, records in members] for i in (0, -1))
         block, base = [], [first_records(run) for run, _ in members]
-        for name in [name for name in first[0] if name != "step" and "/" not in name]:
+        for name in first[0]:
+            if name == "step" or "/" in name or name in LEARNING:
+                continue
             scale = None
             if "gold" not in name and name not in ("kl", "artifact-free"):
                 scale = mean(within_prompt_std(records, name) for records in base)

@@ -5,6 +5,7 @@ Read next: best_arm.py
 
 import math
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ def read_labels(path):
         if "clean" not in row and label not in (0, 1):  # True and False are 0 and 1
             usage_error(f"{path}, line {number}: label {label!r}; 0 for clean, 1 for broken")
         for field, broken in pair if "clean" in row else [("path", bool(label))]:
-            if field not in row or not (path.parent / row[field]).is_file():
+            if not isinstance(row.get(field), str) or not (path.parent / row[field]).is_file():
                 usage_error(
                     f"{path}, line {number}: no picture {row.get(field)!r}; a line needs clean and "
                     "broken, or path and label; files lie relative to it"
@@ -132,7 +133,12 @@ def with_intervals(p_broken, examples):
     """measures, each with its 95 % interval over prompts: name -> (value, low, high)."""
 
     def resampled(pick):
-        return list(measures(p_broken[pick], [examples[i] for i in pick]).values())
+        # A prompt that is drawn twice is two prompts: its copies are not compared with each other.
+        drawn, seen = [], Counter()
+        for i in pick:
+            drawn.append(examples[i] | {"prompt": (examples[i]["prompt"], seen[i])})
+            seen[i] += 1
+        return list(measures(p_broken[pick], drawn).values())
 
     low, high = bootstrap(resampled, [example["prompt"] for example in examples], draws=200)
     values = measures(p_broken, examples).items()

@@ -170,6 +170,8 @@ def find_images(root, rows, prompts="", tile=0):
             "the prompt file's name)"
         )
     matched = dealt_out(in_one_folder(root, layout, found[layout]))
+    if layout == "GenEval":  # its numbers are the samples' own, also where some are missing
+        matched = [(row, int(path.stem), path) for row, _, path in matched]
     ids, used = {row["id"] for row, _, _ in matched}, {path for _, _, path in matched}
     missing = [row for row in rows if row["id"] not in ids]
     if layout == "id" and is_tiled(root, matched, prompts, tile):

@@ -8,6 +8,7 @@ Read next: wise.py
 """
 
 import json
+import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -26,6 +27,7 @@ WEIGHTS = {
     "WISE legacy": {"consistency": 0.35, "realism": 0.1, "aesthetic_quality": 0.05},
     "WISE verified": {"score": 1.0},
 }
+TASKS = 6  # of GenEval
 HIGHEST = {"WISE legacy": 2, "WISE verified": 1}  # value of a criterion; the lowest is 0
 
 
@@ -64,7 +66,8 @@ def read_results(text):
         for row in rows:
             tags[row["tag"]].append(float(row["correct"]))
         columns = {tag: mean(values) for tag, values in tags.items()}
-        columns["overall"] = mean(columns.values())  # the mean of the tasks, not of the pictures
+        # The mean of the tasks, not of the pictures.
+        columns["overall"] = mean(columns.values()) if len(columns) >= TASKS else math.nan
         return "GenEval", columns, []
     if {"question_id", "answer"} <= fields:
         return "T2I-CompBench", {"overall": mean(float(row["answer"]) for row in rows)}, []
@@ -77,7 +80,8 @@ def wise_table(rows):
     """Records of WISE -> (protocol, dict column -> score, ids without a score).
 
     Legacy: (.7 consistency + .2 realism + .1 aesthetics) / 2, each 0, 1 or 2. Verified: 0 or 1.
-    A value out of this range (the official scorer writes 999) is no score and enters no mean."""
+    Another value (the official scorer writes 999) is no score and enters no mean. "overall" is NaN
+    unless all 1000 prompts are there."""
     protocols = {"WISE verified" if "score" in row else "WISE legacy" for row in rows}
     if len(protocols) > 1:
         usage_error(
@@ -87,7 +91,7 @@ def wise_table(rows):
     weights, scores, failed = WEIGHTS[protocol], {}, []
     for row in rows:
         values = [row.get(name) for name in weights]
-        if all(isinstance(v, (int, float)) and 0 <= v <= HIGHEST[protocol] for v in values):
+        if all(v in range(HIGHEST[protocol] + 1) for v in values):
             scores[int(row["prompt_id"])] = sum(w * v for w, v in zip(weights.values(), values))
         else:
             failed.append(row["prompt_id"])
@@ -95,4 +99,5 @@ def wise_table(rows):
     for name, low, high in zip(CATEGORIES, bounds, bounds[1:]):
         columns[name] = mean(score for id_, score in scores.items() if low < id_ <= high)
         shares.append((high - low) / 1000 * columns[name])
-    return protocol, columns | {"overall": sum(shares)}, failed
+    complete = len({int(row["prompt_id"]) for row in rows}) >= LAST_IDS[protocol][-1]
+    return protocol, columns | {"overall": sum(shares) if complete else math.nan}, failed

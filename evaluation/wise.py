@@ -46,17 +46,24 @@ def read_scores(text, protocol):
     {'consistency': 2, 'realism': 1, 'aesthetic_quality': 0}
     >>> read_scores('<think>Score: 0?</think> {"score": 1.0}', "verified")
     {'score': 1}
+    >>> read_scores("Score: 0? No.</think>1", "verified")
+    {'score': 1}
     >>> read_scores("Score: 8/10", "verified") is read_scores("I cannot say.", "verified") is None
     True"""
-    text = re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
+    text = text.rpartition("</think>")[2].partition("<think>")[0].strip()
     scores, highest = {}, HIGHEST[f"WISE {protocol}"]
-    for name in WEIGHTS[f"WISE {protocol}"]:
+    names = WEIGHTS[f"WISE {protocol}"]
+    if len(names) == 1 and text.isdecimal():
+        text = f"Score: {text}"
+    for name in names:
         sign = r"[\s\"'*]*"
         number = r"(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?"
         pattern = rf"\b{name.replace('_', '[ _]')}{sign}[:=]{sign}{number}"
         found = set(re.findall(pattern, text, re.IGNORECASE))
-        values = {float(value) for value, of in found if of in ("", str(highest))}
-        if len(found) != len(values) or len(values) != 1 or not values <= set(range(highest + 1)):
+        values = {float(value) for value, _ in found}
+        if {of for _, of in found} - {"", str(highest)}:  # of another number
+            return None
+        if len(values) != 1 or not values <= set(range(highest + 1)):
             return None
         scores[name] = int(values.pop())
     return scores
@@ -66,14 +73,24 @@ def judge_folder(judge, protocol, matched, known=(), save=lambda records: None, 
     """The score records of a folder in the official format, for the first picture of each prompt.
 
     judge: a ServedJudge. matched: [(row, k, path)] from layouts.find_images. known: records of an
-    earlier call; those of the same picture, prompt and judge are kept. save(records) is called now
-    and then. The scores of a failed picture are NaN. An id that is no number: exit code 2."""
-    firsts = [(row, path) for row, k, path in matched if k == 0]
+    earlier call by this judge; those of the same picture and prompt are kept, and those of prompts
+    that are not in `matched`. save(records) is called now and then. The scores of a failed picture
+    are NaN. An id that is no number, or records of another judge: exit code 2."""
+    firsts = {}
+    for row, _, path in sorted(matched, key=lambda match: match[1]):
+        firsts.setdefault(row["id"], (row, path))
+    firsts = list(firsts.values())
     for row, _ in firsts:
         if not row["id"].isdecimal():
             usage_error(
                 f"--wise: id {row['id']!r} is no number; WISE numbers its prompts from 1 on"
             )
+    others = {str(record.get("judge")) for record in known} - {judge.model}
+    if others:
+        usage_error(
+            f"--wise: the score file has judgements by {', '.join(others)}, not by {judge.model}; "
+            "give another file as --output"
+        )
     names = WEIGHTS[f"WISE {protocol}"]
     judged = {}
     for record in known:
@@ -94,8 +111,10 @@ def judge_folder(judge, protocol, matched, known=(), save=lambda records: None, 
             failed = {**dict.fromkeys(names, math.nan), "evaluation": str(result)}
             new[i] = heads[i] | (failed if isinstance(result, waiting.Unanswered) else result)
         records += new
-        save([*records, *judged.values()])  # earlier judgements that are not due yet stay
-    return records
+        new_ids = {record["prompt_id"] for record in records}
+        others = [r for r in judged.values() if r["prompt_id"] not in new_ids]
+        save([*records, *others])
+    return [*records, *others] if records else list(judged.values())
 
 
 def head(row, path, model):

@@ -9,6 +9,7 @@ People who never had to choose between a clean picture and one with artifacts ha
 nothing about artifacts.   Read next: imagereward.py
 """
 
+import functools
 import math
 from pathlib import Path
 
@@ -145,6 +146,7 @@ class Aesthetic(Clip):
     checkpoint = "openai/clip-vit-large-patch14"
     gigabytes = 1.7
     reference = "github.com/LAION-AI/aesthetic-predictor"
+    make_square = staticmethod(functools.partial(pixels.crop_to_square, halve=round))
     file = "sa_0_4_vit_l_14_linear.pth"
     how = f"curl -LO https://github.com/LAION-AI/aesthetic-predictor/raw/main/{file}"
 

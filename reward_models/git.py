@@ -12,7 +12,7 @@ import math
 import torch
 from transformers import AutoTokenizer
 
-from reward_models.grounding_dino import odd_nouns
+from reward_models.grounding_dino import odd_nouns, task_of
 from training.decode import to_rgb
 from training.weights import load_model, load_part
 
@@ -62,7 +62,7 @@ class GIT:
             if reason:
                 self.failures[reason] += 1
                 rows[i] = {}
-        skipped = [bool(row.get("spatial_info") or row.get("numeracy_info")) for row in rows]
+        skipped = [task_of(row) in ("spatial", "numeracy") for row in rows]
         nouns = [row.get("attr_nouns") or row.get("nouns") or [] for row in rows]
         jobs = [(i, f"{n}?") for i in range(len(rows)) if not skipped[i] for n in nouns[i]]
         answers = [[] for _ in images]

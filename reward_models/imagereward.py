@@ -85,7 +85,7 @@ class ImageReward:
         self.tokenizer = load_part(transformers.BertTokenizer, base)
 
     def preprocess(self, image):
-        square = pixels.crop_to_square(image, self.vision.config.image_size)
+        square = pixels.crop_to_square(image, self.vision.config.image_size, round)
         return pixels.normalize(pixels.to_tensor(square), pixels.CLIP_MEAN, pixels.CLIP_STD)
 
     def score(self, prompts, images):

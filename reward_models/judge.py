@@ -158,7 +158,7 @@ class ServedJudge:
                 reply = client.chat.completions.create(**options)
                 self.note(client, None)
                 return reply
-            except (openai.OpenAIError, ValueError) as problem:  # ValueError: the reply is no JSON
+            except (openai.OpenAIError, ValueError, RecursionError) as problem:  # or no JSON
                 reason = f"{type(problem).__name__}: {str(problem)[:200]}"
                 if not passes(problem) or time.monotonic() + PAUSE > end:
                     raise waiting.Unanswered(reason) from problem
@@ -176,10 +176,12 @@ class ServedJudge:
             raise waiting.Unanswered("the answer came without logprobs") from problem
 
     def write(self, text, images, max_tokens=512, temperature=0.0, seed=0):
-        """The model's answer to a text and pictures. Raises Unanswered."""
+        """The model's answer to a text and pictures. Raises Unanswered, also for half an answer."""
         options = dict(max_tokens=max_tokens, temperature=temperature, seed=seed)
         reply = self.request(text, images, **options)
         try:
+            if reply.choices[0].finish_reason == "length":
+                raise waiting.Unanswered(f"the answer was cut off after {max_tokens} tokens")
             return str(reply.choices[0].message.content or "")
         except NONSENSE as problem:
             raise waiting.Unanswered("the answer came without a text") from problem

@@ -190,12 +190,15 @@ def written_score(text):
     3.5
     >>> written_score("Alignment Score (1-5): 4\\nCoherence Score (1-5): 2\\nStyle Score (1-5): 3")
     3.0
-    >>> written_score("A fine picture.")
-    nan
+    >>> written_score("Final Score: 4/10"), written_score("Alignment Score (1-5): 5\\nCoherence")
+    (nan, nan)
     """
-    number, parts = r"([0-9]*\.?[0-9]+)", r"(?:Alignment|Coherence|Style) Score(?: \(1-5\))?"
+    number = r"([0-9]*\.?[0-9]+)(?![0-9]|\s*/\s*(?!5\b))"  # of 5, if it says of what
+    parts = r"(?:Alignment|Coherence|Style) Score(?: \(1-5\))?"
     found = re.findall(rf"Final Score:\s*{number}", text)[-1:]
-    found = found or re.findall(rf"{parts}:\s*{number}", text)
+    if not found:
+        found = re.findall(rf"{parts}:\s*{number}", text)
+        found = found if len(found) == 3 else []
     score = sum(map(float, found)) / len(found) if found else math.nan
     return score if 1 <= score <= 5 else math.nan
 

@@ -12,6 +12,7 @@ Written from the behavior of the original (IIGROUP/MANIQA at f573d86), with the 
 checkpoint, and compared with it (tests/data/maniqa).   Read next: grounding_dino.py
 """
 
+import math
 from collections import OrderedDict
 from pathlib import Path
 
@@ -207,7 +208,8 @@ def crop_starts(length, size, n=3):
 class MANIQAReward:
     """The reward `maniqa`: mean over a 3 x 3 grid of crops."""
 
-    range = (0.0, 1.0)
+    range = (0.0, math.inf)  # of ReLU's values a weighted mean
+    usual = "0 to 1"
     needs = ()
     checkpoint = "IIGROUP/MANIQA"
     gigabytes = 0.6

@@ -22,12 +22,14 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # --- three ways to a square ---------------------------------------------------------------------
 
 
-def crop_to_square(image, size):
-    """CLIP's way: scale the shorter side to `size` and keep the middle. The rest is cut off."""
+def crop_to_square(image, size, halve=int):
+    """CLIP's way: scale the shorter side to `size` and keep the middle. The rest is cut off.
+
+    halve: of an odd rest transformers cuts the smaller half first (int), torchvision the one that
+    is even (round)."""
     image = to_rgb(image)
-    scale = size / min(image.size)
-    shape = [max(size, int(side * scale)) for side in image.size]
-    left, top = (int((side - size) / 2) for side in shape)
+    shape = [size * side // min(image.size) for side in image.size]
+    left, top = (halve((side - size) / 2) for side in shape)
     scaled = image.resize(shape, Image.BICUBIC)
     return scaled.crop((left, top, left + size, top + size))
 

@@ -30,7 +30,10 @@ from training import waiting
 from training.decode import MAX_PIXELS, BadPicture
 from training.files import usage_error
 
-PROBLEMS = (requests.RequestException, ValueError, KeyError, TypeError, OverflowError)
+PROBLEMS = (requests.RequestException, ValueError, KeyError, TypeError)
+PROBLEMS += (OverflowError, RecursionError)
+PICTURES, PIXELS = 16, MAX_PIXELS // 2  # of one request: its PNGs must fit into max_bytes
+ANSWER = 2**20  # bytes; no answer of ours is longer
 TOKEN = "REWARD_TOKEN"  # environment variable: the word that a server started with --token asks for
 
 
@@ -62,11 +65,13 @@ class RemoteReward:
     def about(self):
         """What the server says of itself. Raises Unanswered."""
         try:
-            reply = requests.get(f"{self.url}/about", headers=self.headers, timeout=10)
-            reply.raise_for_status()
-            about = reply.json()
+            status, text = fetch("GET", f"{self.url}/about", 10, headers=self.headers)
+            about = json.loads(text) if status == 200 else {}
+            if status != 200:
+                raise ValueError(f"{status}: {text[:200]}")
             low, high = about["range"]
-            if low <= high and isinstance(about["reference"], str) and about["name"]:
+            numbers = all(type(bound) in (int, float) for bound in (low, high)) and low <= high
+            if numbers and isinstance(about["reference"], str) and about["name"]:
                 return about
             raise ValueError("no name, range and reference")
         except PROBLEMS as problem:
@@ -74,7 +79,7 @@ class RemoteReward:
 
     def __call__(self, prompts, images, metadata=None):
         metadata = list(metadata or [{}] * len(images))
-        batches = [slice(i, i + 16) for i in range(0, len(images), 16)]
+        batches = small_batches(images)
         parts = [(list(prompts[b]), list(images[b]), metadata[b]) for b in batches]
         futures = waiting.start([functools.partial(self.request, *part) for part in parts], 1)
         scores = []
@@ -93,11 +98,11 @@ class RemoteReward:
         body = {"prompts": prompts, "metadata": metadata, "images": pictures}
         while True:
             try:
-                options = dict(json=body, headers=self.headers, timeout=self.each)
-                reply = requests.post(f"{self.url}/score", **options)
-                if reply.status_code not in (429, 502, 503, 504):
-                    return read_scores(reply, len(images))
-                reason = f"the server says {reply.status_code}"
+                options = dict(json=body, headers=self.headers)
+                status, text = fetch("POST", f"{self.url}/score", self.each, **options)
+                if status not in (429, 502, 503, 504):
+                    return read_scores(status, text, len(images))
+                reason = f"the server says {status}"
             except requests.RequestException as problem:
                 reason = f"{type(problem).__name__}: {str(problem)[:200]}"
             if time.monotonic() + 1 > end:
@@ -105,17 +110,38 @@ class RemoteReward:
             time.sleep(1)
 
 
-def read_scores(reply, number):
+def small_batches(images):
+    """Slices of the pictures, none with more than PICTURES, or with more than PIXELS in all."""
+    batches, start, pixels = [], 0, 0
+    for i, image in enumerate(images):
+        pixels += image.width * image.height
+        if i > start and (i - start == PICTURES or pixels > PIXELS):
+            batches.append(slice(start, i))
+            start, pixels = i, image.width * image.height
+    return batches + [slice(start, len(images))] * (len(images) > start)
+
+
+def fetch(method, url, seconds, **options):
+    """(status, text) of a reply. Raises RequestException, also for one that does not end."""
+    end, body = time.monotonic() + seconds, b""
+    with requests.request(method, url, stream=True, timeout=seconds, **options) as reply:
+        for part in reply.iter_content(2**16):
+            body += part
+            if len(body) > ANSWER or time.monotonic() > end:
+                raise requests.RequestException(f"the answer does not end, after {len(body)} bytes")
+        return reply.status_code, body.decode("utf-8", "replace")
+
+
+def read_scores(status, text, number):
     """The scores in a reply: floats, NaN for null. Raises Unanswered if it has another form."""
     try:
-        scores = reply.json()["scores"] if reply.ok else None
+        scores = json.loads(text)["scores"] if status == 200 else None
         if isinstance(scores, list) and len(scores) == number:
             if all(v is None or type(v) in (int, float) for v in scores):
                 return [math.nan if value is None else float(value) for value in scores]
     except PROBLEMS:
         pass
-    text = f"{reply.status_code}: {reply.text[:200]}"
-    raise waiting.Unanswered(f"no list of {number} scores, but {text}")
+    raise waiting.Unanswered(f"no list of {number} scores, but {status}: {text[:200]}")
 
 
 class DeQA:
@@ -166,7 +192,8 @@ class ServedReward(BaseHTTPRequestHandler):
         """Reply with what work() returns, or with the reason why there is nothing."""
         given = self.headers.get("Authorization", "")
         try:
-            if self.token and not hmac.compare_digest(given, f"Bearer {self.token}"):
+            expected = f"Bearer {self.token}".encode()
+            if self.token and not hmac.compare_digest(given.encode("utf-8", "replace"), expected):
                 raise BadRequest(401, f"set {TOKEN} to the word that `serve --token` was given")
             self.reply(200, work())
         except BadRequest as problem:
@@ -242,6 +269,8 @@ class ServedReward(BaseHTTPRequestHandler):
 def serve(name, reward, port, host="127.0.0.1", token=""):
     """A server for one reward; .serve_forever() runs it, .server_port is its port. Exit code 2 if
     the port is taken. token: only those who send it are answered."""
+    if not token.isascii():
+        usage_error(f"--token {token!r}: letters of ASCII only, as HTTP's headers have")
     handler = type("Handler", (ServedReward,), {"reward": reward, "name": name, "token": token})
     try:
         return ThreadingHTTPServer((host, port), handler)

@@ -44,8 +44,8 @@ def prob_no(top_logprobs):
 
 
 def dominated(values_NK, group_size):
-    """rewards.py. Rewards (N, K) -> (N,) bool: is another rollout of the group at least as good in
-    every reward and better in one?"""
+    """training/cures.py. Rewards (N, K) -> (N,) bool: is another rollout of the group at least as
+    good in every reward and better in one?"""
     raise NotImplementedError
 
 

@@ -68,8 +68,7 @@ TARGETS = [  # (file, its functions, the tests that must notice)
     ("reward_models/judge.py", "LocalJudge.answers", "tests/test_judge.py"),
     (
         "rewards.py",
-        "standardize dominated combine Rewards.__init__ Rewards.update_multipliers start_scoring "
-        "check_roles",
+        "standardize combine Rewards.__init__ Rewards.update_multipliers start_scoring check_roles",
         f"{METHOD} tests/test_rewards.py",
     ),
     (

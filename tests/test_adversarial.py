@@ -526,6 +526,10 @@ def save_stable_diffusion(path):
 def test_references_come_from_any_pipeline_of_diffusers(tmp_path):
     save_stable_diffusion(tmp_path / "sd")
     (tmp_path / "prompts.txt").write_text("a red star\ntwo blue circles\n")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/model_index.json").write_text("{")
+    with pytest.raises(SystemExit, match="2"):
+        generate.main(generate.Config(model=str(tmp_path / "broken"), device="cpu"))
     cfg = generate.Config(
         model=str(tmp_path / "sd"),
         prompts=str(tmp_path / "prompts.txt"),

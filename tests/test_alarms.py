@@ -57,6 +57,11 @@ def test_diversity_compares_ten_steps_with_the_first_ten(tmp_path):
     assert values == {20: pytest.approx(0.2), 21: pytest.approx(0.2)}
 
 
+def test_pictures_that_were_all_alike_from_the_beginning_set_off_nothing(tmp_path):
+    run = make_run(tmp_path / "run", [[{"hps": 0.5}]], [{"diversity": 0.0}] * 25)
+    assert alarms.diversity(run) == {}
+
+
 def test_sampler_is_the_surprise_in_standard_errors(tmp_path):
     """Means .1 and .3 of two prompts: mean .2, standard error .1. Older runs did not measure it."""
     surprised = [{"hps": 0.5, "check/surprise": s} for s in (0.1, 0.3)]

@@ -70,6 +70,11 @@ def test_the_four_kinds_of_prompts():
     nouns = {"nouns": ["cat", "dog", "fire hydrant"]}
     assert detection_score(found, nouns) == pytest.approx(2 / 3)
     assert math.isnan(detection_score(found, {}))
+    # As released, task_type decides. 185 "complex" prompts of T2I-R1 name a place, too.
+    row = spatial | {"nouns": ["cat", "dog", "mug"], "numeracy_info": counts}
+    assert detection_score(found, row | {"task_type": "complex"}) == pytest.approx(2 / 3)
+    assert detection_score(found, row | {"task_type": "numeracy"}) == pytest.approx((1 + 0.2) / 2)
+    assert detection_score(found, row | {"task_type": "spatial"}) == pytest.approx(both)
 
 
 # --- whole models: the real architectures, small and random -------------------------------------
@@ -217,6 +222,13 @@ def test_git_in_a_batch_equals_git_alone_and_the_generic_forward(git):
         expected = (p[YES] / (p[YES] + p[NO])).item()
         assert together[i].item() == pytest.approx(alone, abs=1e-6)
         assert together[i].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_git_asks_about_the_nouns_of_a_complex_prompt_that_names_a_place(git):
+    place = {"obj1": "cat", "obj2": "dog", "locality": "on top of"}
+    row = {"nouns": ["cat", "dog"], "spatial_info": place, "task_type": "complex"}
+    expected = git.prob_yes(["cat?", "dog?"], [IMAGES[0]] * 2).mean()
+    assert git([""], IMAGES[:1], [row]).item() == pytest.approx(expected.item())
 
 
 def test_git_averages_the_attributes_and_gives_0_to_prompts_about_places(git):

@@ -89,7 +89,9 @@ def test_a_folder_of_labelled_pictures_is_split_by_prompt(tmp_path):
         assert len(rows) == 2 * len({row["prompt"] for row in rows})
 
 
-@pytest.mark.parametrize("row", [{"path": "nowhere.png", "label": 1}, {"label": 1}])
+@pytest.mark.parametrize(
+    "row", [{"path": "nowhere.png", "label": 1}, {"label": 1}, {"clean": None}]
+)
 def test_bad_data_are_one_clear_error(row, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "a"} | row) + "\n")
     with pytest.raises(SystemExit) as stop:

@@ -7,7 +7,7 @@ import tyro
 
 import grpo
 import rewards
-from studies import contest
+from studies import contest, optimiser
 from training import checks
 
 
@@ -117,3 +117,15 @@ def test_the_table_of_alarms_counts_runs_by_what_gold_says():
     anything = ("3 of 3", "+10 steps", "1 of 2", "0 of 1")
     assert tuple(table["any of them"].values())[1:] == anything
     assert "parting" not in table  # no run measured it
+
+
+def test_the_table_of_optimisers_by_hand():
+    """hps gains .3 and .5, each deviation .2: 2 deviations on average, for 9 nats."""
+    runs = [run([0.1, 0.2, 0.1 + g], [0.5, 0.6, 0.4]) | {"deviation": 0.2} for g in (0.3, 0.5)]
+    still = [run([0.1, 0.1, 0.1], [0.5, 0.5, 0.5], kl=(0.0, 0.1, 0.2))]
+    variant = next(iter(optimiser.VARIANTS))
+    (row,) = optimiser.table({(variant, "hps"): runs, (variant, "noise"): still})
+    assert row["variant"] == variant and row["runs"] == 2 and row["KL"] == "9.0"
+    assert row["hps, deviations"].startswith("+2.000") and row["KL of the control"] == "0.2"
+    assert row["gain per nat"] == f"{2 / 9:.2f}" and row["gold"].startswith("-0.100")
+    assert row["gold, control"] == "+0.000"

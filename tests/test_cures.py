@@ -1,6 +1,7 @@
 """The cures of training/cures.py: each formula against a case worked out by hand, and a run with
 all of them, killed and resumed."""
 
+import contextlib
 import copy
 import json
 import math
@@ -253,6 +254,62 @@ def test_a_run_adds_the_bonus_to_its_total(policy, rollouts, config, monkeypatch
     assert torch.allclose(scores["total"], scores["hps"] + 0.4 * bonus)
     expected = grpo.group_advantages(scores["total"], 4)
     assert torch.allclose(scores["advantage"], expected)
+
+
+class SpyCure(Cure):
+    """A cure that does nothing, but says so: each of its answers can be recognised."""
+
+    def __init__(self):
+        super().__init__(Cures())
+        self.steps = []
+
+    def advantages(self, advantages, images, group_size):
+        return torch.arange(8.0) + 100
+
+    def betas(self, beta, total, scores, group_size):
+        return torch.arange(8.0) + 200
+
+    def data(self, policy, rollouts, group_size, step):
+        return "the data"
+
+    def after_step(self, policy, step):
+        self.steps.append(step)
+
+    def reference(self, policy, reference):
+        return contextlib.nullcontext("another reference")
+
+
+def test_what_a_cure_answers_reaches_the_update(policy, rollouts, config, monkeypatch):
+    seen, cure, cfg = {}, SpyCure(), config()
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    known = grpo.reward_lib.load_all(cfg, {"hps": 1.0}, [], rows)
+    monkeypatch.setattr(grpo, "all_logprobs", lambda policy, *_: seen.update(reference=policy))
+
+    def update(policy, reference_NS, optimizer, rollouts, advantages, cfg, betas, data):
+        seen.update(advantages=advantages, betas=betas, data=data)
+        return {}
+
+    monkeypatch.setattr(grpo, "update_policy", update)
+    parts = (policy, policy, known, grpo.make_optimizer(policy, cfg), rollouts, rows, 6, cfg)
+    scores, _ = grpo.train_step(*parts, lambda name: None, cure)
+    assert scores["advantage"].tolist() == seen["advantages"].tolist() == list(range(100, 108))
+    assert seen["betas"].tolist() == list(range(200, 208)) and seen["data"] == "the data"
+    assert seen["reference"] == "another reference" and cure.steps == [7]
+
+
+def test_dominated_rollouts_do_not_teach(policy, rollouts, config, monkeypatch):
+    cfg, rows = config(combine="pareto"), [{"prompt": prompt} for prompt in PROMPTS]
+    known, given = grpo.reward_lib.load_all(cfg, {"hps": 1.0, "jpeg": 1.0}, [], rows), {}
+    given["hps"] = tensor(3.0, 1.0, 1.0, 1.0, 1.0, 2.0, 3.0, 0.0)
+    given["jpeg"] = tensor(3.0, 1.0, 2.0, 1.0, 3.0, 2.0, 1.0, 0.0)
+    monkeypatch.setattr(grpo.reward_lib, "start_scoring", lambda *_: lambda: dict(given))
+    trained = copy.deepcopy(policy)
+    parts = (trained, policy, known, grpo.make_optimizer(trained, cfg), rollouts, rows, 0, cfg)
+    scores, _ = grpo.train_step(*parts, lambda name: None)
+    whole = grpo.group_advantages(given["hps"] + given["jpeg"], 4)
+    teaches = torch.tensor([True, False, False, False, True, True, True, False])
+    assert torch.allclose(scores["advantage"], whole * teaches)
+    assert scores["advantage"][0] > 1  # of a picture that is the best in all it is worth most
 
 
 # --- the data anchor ----------------------------------------------------------------------------

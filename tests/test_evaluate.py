@@ -221,7 +221,7 @@ def test_generate_exports_for_an_official_scorer(tmp_path, prompts):
         "--layout",
         "wise",
         "--output-dir",
-        str(tmp_path / "made"),
+        str(tmp_path / "made") + "/",
     ]
     generate.main(tyro.cli(generate.Config, args=args))
     assert sorted(p.name for p in (tmp_path / "made-wise").iterdir()) == ["0.png", "1.png", "2.png"]

@@ -14,9 +14,20 @@ import tyro
 from PIL import Image
 
 import evaluate
-from evaluation import figures, hacking, official_scores, pages, wise
+from evaluation import (
+    alarms,
+    curves,
+    figures,
+    hacking,
+    labels,
+    official_scores,
+    pages,
+    tables,
+    wise,
+)
 from evaluation.tables import bootstrap, markdown
 from training import pictures, waiting
+from training import records as records_module
 from training.files import atomic
 from training.records import json_line, mean_over_prompts, read_json, read_jsonl, write_jsonl
 
@@ -78,7 +89,11 @@ def test_geneval_overall_is_the_mean_of_tasks_not_of_pictures(tmp_path):
     rows = [{"tag": "colors", "correct": c} for c in (True, True, True, False)]
     write_jsonl(tmp_path / "r.jsonl", [*rows, {"tag": "counting", "correct": False}])
     benchmark, columns, _ = official_scores.summarize(tmp_path / "r.jsonl")
-    assert benchmark == "GenEval" and columns == {"colors": 0.75, "counting": 0.0, "overall": 0.375}
+    assert benchmark == "GenEval" and (columns["colors"], columns["counting"]) == (0.75, 0.0)
+    assert math.isnan(columns["overall"])  # of two tasks of six
+    rows += [{"tag": tag, "correct": False} for tag in "abcde"]
+    write_jsonl(tmp_path / "r.jsonl", rows)
+    assert official_scores.summarize(tmp_path / "r.jsonl")[1]["overall"] == pytest.approx(0.75 / 6)
 
 
 def test_dpg_and_compbench_results_are_read(tmp_path):
@@ -95,7 +110,8 @@ def test_dpg_and_compbench_results_are_read(tmp_path):
 
 def test_result_files_of_one_benchmark_share_a_table(tmp_path, capsys):
     for name, right in (("a", True), ("b", False)):
-        write_jsonl(tmp_path / f"{name}.jsonl", [{"tag": "colors", "correct": right}])
+        rows = [{"tag": tag, "correct": right} for tag in "abcdef"]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
     (tmp_path / "dpg.txt").write_text(
         "L1 category scores:\n\tglobal: 90.5\nL2 category scores:\nDPG-Bench score: 82.5\n"
     )
@@ -107,7 +123,7 @@ def test_result_files_of_one_benchmark_share_a_table(tmp_path, capsys):
     assert end.value.code == 0 and "GenEval" in geneval
     for name, score in (("a", "1.000"), ("b", "0.000")):
         (row,) = [line for line in geneval.splitlines() if f"{name}.jsonl" in line]
-        assert row.count(score) == 2  # the task, and the mean over tasks
+        assert row.count(score) == 7  # the tasks, and their mean
     assert "82.500" in dpg and "a.jsonl" not in dpg and "published" in dpg
 
 
@@ -240,8 +256,27 @@ def test_a_wise_judgement_is_saved_as_it_goes_and_not_made_again(tmp_path):
     again = ScriptedJudge(["Score: 0"])  # for the failed one only
     known = read_jsonl(path)
     assert [r["score"] for r in judged(again, "verified", tmp_path, known=known)] == [1, 0]
-    again.model, again.answers = "another", ["Score: 0"] * 2
-    assert [r["score"] for r in judged(again, "verified", tmp_path, known=known)] == [0, 0]
+    again.model = "another"  # its judgements would replace those of the first
+    with pytest.raises(SystemExit, match="2"):
+        judged(again, "verified", tmp_path, known=known)
+
+
+def test_a_call_about_some_pictures_keeps_the_judgements_of_the_others(tmp_path):
+    picture().save(tmp_path / "1.png")
+    row = {"prompt": "p", "tag": "t"}
+    matched = [(row | {"id": str(i)}, 0, tmp_path / "1.png") for i in range(1, 4)]
+    known = wise.judge_folder(ScriptedJudge(["Score: 1"] * 3), "verified", matched)
+    saved, other = [], [(row | {"id": "2", "prompt": "q"}, 0, tmp_path / "1.png")]
+    got = wise.judge_folder(ScriptedJudge(["Score: 0"]), "verified", other, known, saved.append)
+    assert {r["prompt_id"]: r["score"] for r in got} == {1: 1, 2: 0, 3: 1} and saved == [got]
+
+
+def test_the_first_picture_of_a_prompt_is_judged_also_where_number_0_is_missing(tmp_path):
+    picture().save(tmp_path / "1.png")
+    row = {"id": "1", "prompt": "p", "tag": "t"}
+    matched = [(row, k, tmp_path / "1.png") for k in (3, 2)]
+    (record,) = wise.judge_folder(ScriptedJudge(["Score: 1"]), "verified", matched)
+    assert record["score"] == 1
 
 
 def test_a_stop_does_not_lose_the_judgements_that_are_not_due_yet(tmp_path):
@@ -271,6 +306,12 @@ def test_an_id_that_is_no_number_is_refused_before_anything_is_judged(tmp_path, 
         ("```json\n{'Score': 0}\n```", 0),
         ("Score: 1/1", 1),
         ("<think>Score: 0 or Score: 1?</think>\nScore: 1", 1),
+        ("1", 1),  # the official scorer takes it, too
+        ("Score: 0? But wait</think>\nScore: 1", 1),  # some servers keep the opening tag
+        ("Score: 1 ... Final Score: 1.0", 1),
+        ("Score: 1 ... Score: 1/1", 1),
+        ("Score: 1 ... Score: 1/10", None),
+        ("12", None),
         ("Score: 8/10", None),
         ("Score: 1/10", None),
         ("Score: 0.5", None),
@@ -401,9 +442,9 @@ def test_the_onset_of_hacking_by_its_rule(gold, proxy, expected, tmp_path):
 
 
 @pytest.mark.parametrize("extra, expected", [(0.0, None), (1 / 64, 0)])
-def test_the_onset_needs_more_than_two_mean_over_promptss(extra, expected, tmp_path):
-    """Changes -3/8, -3/8, -3/8, 1/8: mean -1/4, deviation 1/4, standard error 1/8, exactly."""
-    after = [1 - 3 / 8 - extra] * 3 + [1 + 1 / 8 - extra]
+def test_the_onset_needs_more_than_three_standard_errors(extra, expected, tmp_path):
+    """Changes -1/2, -1/2, -1/2, 0: mean -3/8, deviation 1/4, standard error 1/8, exactly."""
+    after = [1 - 1 / 2 - extra] * 3 + [1 - extra]
     run = make_run(tmp_path / "run", [[1.0] * 4, after], [0.1, 0.2])
     assert hacking.onset(run) == expected
 
@@ -414,7 +455,7 @@ def test_the_onset_needs_more_than_two_mean_over_promptss(extra, expected, tmp_p
         ([0.3, 0.4, 0.2], [0.1, 0.2, 0.4], "Onset of hacking: step 1; from there on gold fell by"),
         ([0.3, 0.4, 0.5], [0.1, 0.2, 0.3], "gold is highest at the last test"),
         ([0.3, 0.4, 0.2], [0.1, 0.2, 0.15], "at step 1, gold fell, but hps did not rise"),
-        ([0.3, 0.4, 0.399], [0.1, 0.2, 0.4], "step 1, by less than the rule's two standard errors"),
+        ([0.3, 0.4, 0.399], [0.1, 0.2, 0.4], "step 1, by less than the rule's 3 standard errors"),
     ],
 )
 def test_the_verdict_says_what_the_rule_says(gold, proxy, says, tmp_path):
@@ -475,6 +516,119 @@ def test_runs_with_other_flags_are_another_experiment_and_a_copy_is_no_seed(tmp_
     groups = hacking.runs_by_rewards([*runs, copied])
     assert [folder.name for folder, _ in groups["hps (beta 0.1)"]] == ["a1", "copy"]
     assert "one seed; the newer counts" in capsys.readouterr().err
+
+
+def test_students_t_holds_95_percent():
+    """The integral of its density from -t to t, for n - 1 degrees of freedom."""
+    x = np.linspace(0, 1, 200001)
+    for n in (*range(2, 10), 12, 29, 30, 60, 99, 100, 108, 180, 1000):
+        t, v = tables.t_95(n), n - 1
+        log_scale = math.lgamma((v + 1) / 2) - math.lgamma(v / 2) - 0.5 * math.log(v * math.pi)
+        density = np.exp(log_scale - (v + 1) / 2 * np.log1p((t * x) ** 2 / v))
+        held = 2 * t * np.trapezoid(density, x)
+        assert held == pytest.approx(0.95, abs=1e-4) if n in tables.T_95 else 0.9497 < held < 0.98
+
+
+def test_a_bootstrap_of_a_mean_is_as_wide_as_theory_says():
+    values = np.random.default_rng(1).normal(size=400)
+    low, high = tables.bootstrap(lambda pick: values[pick].mean(), range(400))
+    assert (high - low) / (2 * 1.96 / 20 * values.std()) == pytest.approx(1, abs=0.07)
+    assert low < values.mean() < high
+
+
+def test_one_prompt_has_no_interval():
+    got = tables.bootstrap(lambda pick: [0.5, len(pick)], ["p"] * 4)
+    assert np.isnan(got).all() and np.shape(got) == (2, 2)
+
+
+def test_a_prompt_that_is_drawn_twice_counts_twice_and_not_four_times():
+    """100 prompts with a pair each, 80 right: a binomial share, so 1.96 sqrt(.8 * .2 / 100)."""
+    examples = [{"prompt": str(n), "broken": b} for n in range(100) for b in (False, True)]
+    p_broken = np.array([[0.2, 0.8] if n < 80 else [0.8, 0.2] for n in range(100)]).flatten()
+    value, low, high = labels.with_intervals(p_broken, examples)["pairs"]
+    assert value == 0.8 and high - low == pytest.approx(2 * 1.96 * 0.04, rel=0.15)
+
+
+def test_the_standard_errors_of_a_test_are_over_its_prompts():
+    records = [{"id": i, "hps": s, "image/b": s} for i, s in (("a", 0.1), ("a", 0.3), ("b", 0.6))]
+    got = records_module.test_means(records)
+    assert got["hps"] == pytest.approx(1 / 3)  # the mean of the pictures
+    assert got["hps/se"] == pytest.approx(0.2)  # of .2 and .6: deviation .2828, over sqrt(2)
+    assert "image/b/se" not in got
+
+
+def test_best_of_n_lies_at_its_own_distance(tmp_path):
+    run = make_run(tmp_path / "a", [[0.5] * 4, [0.6] * 4], [0.1, 0.2])
+    pool = [{"id": "x", "sample": k, "total": s, "hps": s} for k, s in enumerate((0.1, 0.3))]
+    write_jsonl(run / "best_of_n.jsonl", pool)
+    lines = [line for axis in curves.hacking_curves([run]).axes for line in axis.get_lines()]
+    (dotted,) = [line for line in lines if line.get_marker() == "s"]
+    assert list(dotted.get_xdata()) == pytest.approx([0, math.sqrt(math.log(2) - 1 / 2)])
+    assert list(dotted.get_ydata()) == pytest.approx([0.2, 0.3])
+
+
+def test_the_headline_begins_at_zero(tmp_path):
+    run = make_run(tmp_path / "a", [[0.5, 0.7], [0.6, 0.8], [0.7, 0.9]], [0.1, 0.2, 0.3])
+    first = [
+        {"id": "x", "sample": k, "hps": h, "gold": g} for k, h, g in ((0, 0.0, 0.5), (1, 0.2, 0.7))
+    ]
+    write_jsonl(run / "tests/step_000000.jsonl", first)  # two pictures of one prompt
+    (headline, *_) = curves.hacking_curves([run]).axes
+    (gold,) = [x for x in headline.get_lines() if str(x.get_label()).startswith("gold")]
+    unit = hacking.within_prompt_std(hacking.first_records(run), "gold")
+    assert list(gold.get_ydata()) == pytest.approx([0, 0.1 / unit, 0.2 / unit])
+
+
+@pytest.mark.parametrize("tests, two, three", [(9, 0.11, 0.01), (31, 0.24, 0.03)])
+def test_how_often_the_rule_finds_an_onset_where_nothing_changes(tests, two, three):
+    """The highest of many tests is high by chance. The numbers are in hacking.py's header."""
+    gold = np.random.default_rng(0).normal(size=(20000, tests))  # of independent pictures
+    fall = (gold.max(1) - gold[:, -1]) / math.sqrt(2)  # in standard errors of a difference
+    assert (fall > 2).mean() == pytest.approx(two, abs=0.01)
+    assert (fall > hacking.ERRORS).mean() == pytest.approx(three, abs=0.005)
+
+
+def test_a_reward_that_learns_is_no_proxy(tmp_path):
+    """Its scores drift while nothing else changes: no onset, no alarm that compares them."""
+    golds, proxy = [np.full(100, 0.9), np.linspace(0, 0.9, 100)], [0.1, 0.9]
+    run = make_run(tmp_path / "a", golds, proxy, rewards="adversarial", eval_rewards="gold,hps")
+    assert hacking.onset(run) is None and "which learns: there is no onset" in hacking.verdict(run)
+    assert alarms.held_out(run) == alarms.parting(run) == {}
+    both = make_run(tmp_path / "b", golds, proxy, rewards="adversarial,hps")
+    assert hacking.proxy_of(hacking.read_run(both).config) == "hps" and hacking.onset(both) == 0
+
+
+def test_the_headline_shows_the_interval_of_the_change(tmp_path):
+    """Two seeds that start apart and gain the same: no width, and none at step 0."""
+    runs = [
+        make_run(tmp_path / str(i), [[level] * 2, [level + 0.1] * 2], [level, level + 0.1], seed=i)
+        for i, level in enumerate((0.3, 0.5))
+    ]
+    (members,) = hacking.runs_by_rewards(runs).values()
+    _, _, center, width = curves.means_over_seeds(members, "gold", change=True)
+    assert center.tolist() == pytest.approx([0, 0.1]) and width == pytest.approx(0, abs=1e-9)
+    assert curves.means_over_seeds(members, "gold")[3].min() > 1
+
+
+def test_a_pool_without_gold_clean_has_no_share_of_artifact_free_pictures(tmp_path):
+    runs = []
+    for name, held_out in (("a", "gold"), ("b", "gold,gold-clean")):
+        run = make_run(tmp_path / name, [[0.5] * 4, [0.6] * 4], [0.1, 0.2], eval_rewards=held_out)
+        more = {"gold-clean": 0.5, "artifact-free": 1.0} if "clean" in held_out else {}
+        write_jsonl(run / "test.jsonl", [row | more for row in read_jsonl(run / "test.jsonl")])
+        pool = [{"id": "x", "sample": k, "total": 0.1 * k, "hps": 0.1 * k} | more for k in (0, 1)]
+        write_jsonl(run / "best_of_n.jsonl", pool)
+        runs.append(run)
+    assert len(curves.hacking_curves(runs).axes) > 2
+
+
+def test_a_missing_score_costs_a_picture_and_not_its_prompt():
+    pool = [
+        {"id": prompt, "sample": k, "total": k, "gold": gold}
+        for prompt, golds in (("p", (0.1, 0.5, 0.9, math.nan)), ("q", (0.1, 0.1, 0.1, 0.1)))
+        for k, gold in enumerate(golds)
+    ]
+    assert hacking.best_of_n(pool, 3, hacking.score_of("gold")) == pytest.approx((0.9 + 0.1) / 2)
 
 
 def test_there_is_no_onset_without_gold(tmp_path):

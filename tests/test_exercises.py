@@ -8,16 +8,16 @@ import torch
 import artifact_reward
 import generate
 import grpo
-import rewards
 from evaluation import best_arm
 from studies import exercises
+from training import cures
 
 SOLUTIONS = {
     "group_advantages": grpo.group_advantages,
     "apply_cfg": generate.apply_cfg,
     "kl_k3": grpo.kl_k3,
     "prob_no": artifact_reward.prob_no,
-    "dominated": rewards.dominated,
+    "dominated": cures.dominated,
     "successive_rejects": best_arm.successive_rejects,
 }
 

@@ -658,7 +658,7 @@ def test_a_step_is_summarized_without_its_failed_scores():
     assert metrics["failed"] == 0.25 and metrics["thought_words"] == 3
     assert metrics["reward/hps"] == pytest.approx(7 / 3) and metrics["held-out/gold"] == 0.5
     assert metrics["reward/hps/group_std"] == pytest.approx(0.5**0.5)  # of the one whole group
-    assert metrics["unanimous_groups"] == 0
+    assert metrics["unanimous_groups"] == 0.5  # one score alone teaches nothing
     assert metrics["reward/hps/ceiling"] == 0.5
     assert metrics["reward/hps/advantage_corr"] == pytest.approx(1)  # -.5, .5, 0 and -.7, .7, 0
 

@@ -363,7 +363,7 @@ def test_an_export_that_was_stopped_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(exports, "opened", first_only)
     with pytest.raises(ZeroDivisionError):
         exports.export(tmp_path / "out", "wise", tmp_path / "used")
-    (tmp_path / "used/.1.png.partial").write_bytes(b"half")
+    (tmp_path / "used/.1.png.0123abcd.partial").write_bytes(b"half")
     monkeypatch.setattr(exports, "opened", opened)
     exports.export(tmp_path / "out", "wise", tmp_path / "used")
     assert files_of(tmp_path / "used") == ["0.png", "1.png", "2.png"]
@@ -394,6 +394,36 @@ def test_a_missing_or_damaged_picture_is_not_exported(tmp_path, capsys):
     args = (exports.export, tmp_path / "out", "wise", tmp_path / "used")
     assert "missing or damaged" in refusal(capsys, *args)
     assert "lists no pictures" in refusal(capsys, exports.export, tmp_path, "wise", tmp_path / "x")
+
+
+def test_a_sample_keeps_its_number_where_others_are_missing(tmp_path):
+    """Else two folders would be compared picture by picture, made from different noise."""
+    draw(tmp_path / "out", TEXTS[:1], 4)
+    (tmp_path / "out/00000/samples/0001.png").unlink()
+    _, matched, *_ = layouts.find_images(tmp_path / "out", rows_of(*TEXTS[:1]))
+    assert [k for _, k, _ in matched] == [0, 2, 3]
+
+
+def test_a_stopped_command_leaves_no_folder_without_pictures(tmp_path):
+    """GenEval's scorer lists the samples of each folder, and ends where there are none."""
+    calls = []
+
+    def stops(prompts, keys):
+        calls.append(keys)
+        return ([picture()], [""]) if len(calls) == 1 else 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        write_pictures(rows_of(*TEXTS), stops, {"seed": 1}, tmp_path / "out", 1, 1)
+    assert files_of(tmp_path / "out")[:2] == ["00000/metadata.jsonl", "00000/samples/0000.png"]
+    assert not list((tmp_path / "out").glob("00001/*"))
+
+
+def test_what_only_resembles_an_unfinished_file_of_ours_stays(tmp_path, capsys):
+    draw(tmp_path / "out", TEXTS, 1)
+    (tmp_path / "used/.d.0123abcd.partial").mkdir(parents=True)
+    (tmp_path / "used/.notes.partial").write_text("mine")
+    refusal(capsys, exports.export, tmp_path / "out", "wise", tmp_path / "used")
+    assert (tmp_path / "used/.notes.partial").read_text() == "mine"
 
 
 # --- generate.py's own folder ---------------------------------------------------------------------
@@ -435,7 +465,17 @@ def test_a_picture_of_an_old_prompt_never_lies_beside_a_new_one(tmp_path):
     assert (tmp_path / "out/00001/samples/0000.png").exists()
 
 
-@pytest.mark.parametrize("line", ['{"path": ', "[]", '{"path": "../../x.png"}', "\0" * 9, "3"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"path": ',
+        '{"path": "00000/samples/0009.png"}',
+        "[]",
+        '{"path": "../../x.png"}',
+        "\0" * 9,
+        "3",
+    ],
+)
 def test_a_damaged_line_of_the_manifest_costs_its_picture_only(line, tmp_path, capsys):
     draw(tmp_path / "out", TEXTS, 1)
     with open(tmp_path / "out/manifest.jsonl", "a") as file:

@@ -14,6 +14,7 @@ import grpo
 import rewards
 from training import log
 from training import prompts as prompts_module
+from training.cures import dominated, pareto_front
 from training.prompts import jobs_of_step, load_prompts, prompts_of_step
 
 NAN = float("nan")
@@ -285,6 +286,23 @@ def test_a_group_is_one_prompt_and_the_sample_numbers_from_zero(config):
     assert jobs_of_step(rows, 5, cfg) == [(i, 0), (i, 1), (i, 2), (j, 0), (j, 1), (j, 2)]
 
 
+@pytest.mark.parametrize("world", [1, 3])
+def test_no_two_rollouts_of_a_step_have_the_same_random_numbers(world, config, monkeypatch):
+    """Where two epochs meet a prompt can come twice in a step: its groups are two, not copies."""
+    rows, cfg, repeated = [{}] * 20, config(prompts_per_step=16, num_generations=4), 0
+    monkeypatch.setattr(prompts_module, "world_size", lambda: world)
+    for step in range(30):
+        jobs = []
+        for rank in range(world):
+            monkeypatch.setattr(prompts_module, "rank", lambda rank=rank: rank)
+            mine = jobs_of_step(rows, step, cfg)
+            assert all(len({i for i, _ in mine[n : n + 4]}) == 1 for n in range(0, len(mine), 4))
+            jobs += mine
+        assert len(set(jobs)) == len(jobs) == 64
+        repeated += len({i for i, _ in jobs}) < 16
+    assert repeated > 5  # else this tests nothing
+
+
 # --- several rewards, one number ----------------------------------------------------------------
 
 A, B = tensor(0.0, 1.0, 2.0, 1.0), tensor(0.3, 0.3, 0.1, 0.1)
@@ -303,8 +321,7 @@ Z_B = [0.1 / 0.115570, 0.1 / 0.115570, -0.1 / 0.115570, -0.1 / 0.115570]
         ("min", [min(a, b) for a, b in zip(Z_A, Z_B)]),
         # mean - variance / 2; the variance of two numbers is a quarter of their difference squared
         ("uwo", [(a + b) / 2 - (a - b) ** 2 / 8 for a, b in zip(Z_A, Z_B)]),
-        # (0, .3) is dominated by (1, .3), and (1, .1) by both (1, .3) and (2, .1)
-        ("pareto", [NAN, 1.6, 2.2, NAN]),
+        ("pareto", [0.6, 1.6, 2.2, 1.2]),  # `pareto_front` says which of them teach
         (
             "winrate",
             [(0 + 2 * 2.5) / 3, (1.5 + 2 * 2.5) / 3, (3 + 2 * 0.5) / 3, (1.5 + 2 * 0.5) / 3],
@@ -330,15 +347,17 @@ def test_without_a_choice_the_rewards_are_added():
 
 
 def test_a_reward_with_a_negative_weight_is_better_when_smaller():
-    got = rewards.combine(SCORES, {"a": 1.0, "b": -1.0}, 4, "pareto")
+    # (0, .3) is dominated by (1, .3), and (1, .1) by both (1, .3) and (2, .1)
+    assert pareto_front(SCORES, WEIGHTS, 4).tolist() == [False, True, True, False]
     # In (a, -b): (2, -.1) dominates all others.
-    assert got.isnan().tolist() == [True, True, False, True]
+    got = pareto_front(SCORES, {"a": 1.0, "b": -1.0}, 4)
+    assert got.tolist() == [False, False, True, False]
 
 
 def test_a_reward_without_weight_decides_no_comparison():
     scores = {"a": A, "b": tensor(1.0, -1.0, 0.0, 1.0)}
-    got = rewards.combine(scores, {"a": 1.0, "b": 0.0}, 4, "pareto")
-    assert got.tolist() == pytest.approx([NAN, NAN, 2, NAN], nan_ok=True)
+    got = pareto_front(scores, {"a": 1.0, "b": 0.0}, 4)
+    assert got.tolist() == [False, False, True, False]
 
 
 def test_groups_are_combined_one_by_one():
@@ -354,11 +373,11 @@ def test_groups_do_not_see_each_other():
     assert z.tolist() == pytest.approx(expected, abs=1e-5)
     # (2, 2) would dominate all, but it is in the other group.
     pairs = tensor([0.0, 1.0], [1.0, 0.0], [2.0, 2.0], [1.0, 2.0])
-    assert rewards.dominated(pairs, 2).tolist() == [False, False, False, True]
+    assert dominated(pairs, 2).tolist() == [False, False, False, True]
 
 
 def test_equal_rollouts_do_not_dominate_each_other():
-    assert rewards.dominated(tensor([1.0, 2.0], [1.0, 2.0]), 2).tolist() == [False, False]
+    assert dominated(tensor([1.0, 2.0], [1.0, 2.0]), 2).tolist() == [False, False]
 
 
 def test_one_score_in_a_group_is_no_comparison():

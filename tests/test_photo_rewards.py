@@ -10,8 +10,8 @@ import transformers
 from PIL import Image
 from recorded import DATA, recorded, scores_of
 
-from reward_models import maniqa
-from reward_models.llava import ORM, Unified
+from reward_models import guards, maniqa
+from reward_models.llava import ORM, Unified, written_score
 from reward_models.maniqa import MANIQA, MANIQAReward
 from reward_models.vqascore import VQAScore
 
@@ -46,6 +46,26 @@ def test_crops_go_from_edge_to_edge_and_a_small_picture_is_enlarged(small_maniqa
     small = Image.new("RGB", (32, 40))
     assert len(small_maniqa.crops(small)) == 3  # 64 x 80: one column of crops
     assert small_maniqa([""], [small]).isfinite().all()
+
+
+def test_a_score_above_1_is_a_score(small_maniqa):
+    """A weighted mean of what ReLU leaves has no upper bound."""
+    values = torch.tensor([0.2, 1.3])
+    assert guards.check_scores("maniqa", small_maniqa, values, 2).tolist() == values.tolist()
+
+
+@pytest.mark.parametrize(
+    "text, score",
+    [
+        ("Final Score: 4/5", 4),
+        ("Final Score: 4 / 10", None),
+        ("Final Score: 4/50", None),
+        ("Alignment Score: 5\nCoherence Score: 4\nStyle Score: 3", 4),
+        ("Alignment Score (1-5): 5\nCoherence", None),  # cut off
+    ],
+)
+def test_a_score_is_of_five_and_whole(text, score):
+    assert written_score(text) == pytest.approx(score or math.nan, nan_ok=True)
 
 
 def test_a_missing_maniqa_is_named_with_the_command_that_downloads_it(capsys, tmp_path):

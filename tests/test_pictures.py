@@ -18,9 +18,10 @@ import artifact_reward
 import evaluate
 import rewards
 from evaluation import labels
-from reward_models.pixels import data_url, from_data_url
+from reward_models.pixels import crop_to_square, data_url, from_data_url
 from reward_models.serving import serve
-from training import decode
+from training import decode, pictures
+from training.pictures import cut_sheet, save_sheet
 
 
 def scene(width=48, height=32):
@@ -371,6 +372,32 @@ def test_other_files_in_a_folder_of_labelled_pictures_are_left_out(tmp_path, cap
     found = [example["path"].name for examples in splits.values() for example in examples]
     assert len(found) == 24 and all(name.startswith("prompt") for name in found)
     assert "5 files are no pictures" in capsys.readouterr().out
+
+
+def test_a_sheet_may_be_larger_than_any_picture(monkeypatch, tmp_path):
+    """Pillow takes a picture of over 178 million pixels for a bomb; a sheet of 1300 has more."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    images = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(20)]
+    save_sheet(images, tmp_path / "sheet.png")
+    cut = cut_sheet(tmp_path / "sheet.png", 20)
+    assert [image.getpixel((0, 0))[0] for image in cut] == [*range(20)]
+    assert cut_sheet(tmp_path / "sheet.png", 0) == []
+    monkeypatch.setattr(pictures, "MAX_SHEET", 2047)
+    assert cut_sheet(tmp_path / "sheet.png", 20) == [None] * 20
+
+
+@pytest.mark.parametrize("size", [(640, 720), (832, 1216), (300, 200), (224, 224), (227, 1000)])
+@pytest.mark.parametrize("halve", [int, round])
+def test_a_crop_is_that_of_the_originals(size, halve):
+    """The rules of torchvision's Resize and CenterCrop, and of transformers', by hand."""
+    short, long = sorted(size)
+    scaled = int(224 * long / short)
+    first = halve((scaled - 224) / 2)  # transformers: //, torchvision: int(round(...))
+    image = Image.effect_noise(size, 80).convert("RGB")
+    shape = (224, scaled) if size[0] < size[1] else (scaled, 224)
+    box = (0, first, 224, first + 224) if size[0] < size[1] else (first, 0, first + 224, 224)
+    expected = image.resize(shape, Image.BICUBIC).crop(box)
+    assert crop_to_square(image, 224, halve).tobytes() == expected.tobytes()
 
 
 def test_a_score_of_opened_pictures_has_a_place_for_each():

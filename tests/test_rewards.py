@@ -111,6 +111,15 @@ def test_a_reward_with_a_question_of_its_own_and_no_server_has_an_identity():
         assert kind.question in identity and kind.checkpoint in identity
 
 
+def test_a_file_that_was_downloaded_here_is_part_of_the_identity(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = set()
+    for weights in (b"one", b"two"):
+        (tmp_path / rewards.MANIQAReward.file).write_bytes(weights)
+        seen.add(guards.identity(object.__new__(rewards.MANIQAReward), "maniqa", None))
+    assert len(seen) == 2
+
+
 def test_a_judge_on_a_server_may_see_photographs(monkeypatch):
     served = types.SimpleNamespace(address="http://here", model="qwen", failures={})
     monkeypatch.setattr(rewards.ArtifactReward, "remote", True)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 import requests
@@ -103,6 +104,29 @@ def test_pictures_with_too_many_pixels_together_are_refused(served):
     assert reply.status_code == 413 and "pixels" in reply.json()["error"]
 
 
+def test_large_pictures_are_sent_in_smaller_requests():
+    """One request may have as many pixels as one picture; and room for their PNGs."""
+    sizes = [(100, 100)] * 20 + [(5000, 5000)] * 3 + [(8192, 8192), (10, 10)]
+    images = [types.SimpleNamespace(width=w, height=h) for w, h in sizes]
+    batches = [range(25)[batch] for batch in serving.small_batches(images)]
+    assert [len(batch) for batch in batches] == [16, 5, 1, 1, 1, 1]  # 4 small ones and a large one
+    assert [i for batch in batches for i in batch] == list(range(25))
+    for batch in batches:
+        assert len(batch) == 1 or sum(sizes[i][0] * sizes[i][1] for i in batch) <= serving.PIXELS
+    assert serving.small_batches([]) == []
+
+
+def test_pictures_that_are_too_many_for_one_request_are_all_scored(monkeypatch):
+    server = serving.serve("jpeg", Jpeg(), 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    remote = RemoteReward("jpeg", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(serving, "MAX_PIXELS", 3000)  # the server's: two of these pictures
+    monkeypatch.setattr(serving, "PIXELS", 2048)
+    assert torch.equal(remote(PROMPTS, PHOTOS), Jpeg()(PROMPTS, PHOTOS))
+    server.shutdown()
+    server.server_close()
+
+
 def test_a_reward_that_fails_does_not_take_the_server_with_it(monkeypatch):
     reward = Jpeg()
     server = serving.serve("jpeg", reward, 0)
@@ -192,6 +216,7 @@ def nonsense():
         '{"scores": [true, 1, 1]}',
         '{"scores": [1, 1, 1' + "0" * 400 + "]}",
         "[1, 2, 3]",
+        "[" * 200_000,
     ],
 )
 def test_what_is_no_list_of_scores_is_a_counted_failure(body, nonsense):
@@ -201,6 +226,29 @@ def test_what_is_no_list_of_scores_is_a_counted_failure(body, nonsense):
     assert remote(PROMPTS[:3], PHOTOS[:3]).isnan().all()
     ((reason, count),) = remote.failures.items()
     assert "no list of 3 scores" in reason and count == 3
+
+
+def test_an_answer_that_does_not_end_is_given_up(nonsense, monkeypatch):
+    handler, url = nonsense
+    remote = RemoteReward("x", url)
+    monkeypatch.setattr(serving, "ANSWER", 1000)
+    handler.body, remote.each = " " * 5000, 0.5
+    assert remote(PROMPTS[:3], PHOTOS[:3]).isnan().all()
+    assert "does not end" in next(iter(remote.failures))
+
+
+def test_a_token_that_no_header_can_carry_is_refused(capsys, served):
+    with pytest.raises(SystemExit, match="2"):
+        serving.serve("jpeg", Jpeg(), 0, token="geheim-ü")
+    assert "ASCII" in capsys.readouterr().err
+    server = serving.serve("jpeg", Jpeg(), 0, token="word")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    about = f"http://127.0.0.1:{server.server_port}/about"
+    for given, status in (("Bearer ü", 401), ("Bearer word", 200)):
+        headers = {"Authorization": given.encode("latin-1")}
+        assert requests.get(about, headers=headers).status_code == status
+    server.shutdown()
+    server.server_close()
 
 
 def test_null_and_nan_are_no_scores_and_the_others_count(nonsense):
@@ -213,7 +261,8 @@ def test_null_and_nan_are_no_scores_and_the_others_count(nonsense):
 @pytest.mark.parametrize(
     "about",
     [[], {}, {"name": "x"}, {"name": "x", "range": 1, "reference": ""}]
-    + [{"name": "x", "range": [0, None], "reference": ""}, {"range": [0, 1], "reference": ""}],
+    + [{"name": "x", "range": [0, None], "reference": ""}, {"range": [0, 1], "reference": ""}]
+    + [{"name": "x", "range": ["a", "b"], "reference": ""}],
 )
 def test_a_server_that_does_not_say_what_it_serves_is_none(about, nonsense, capsys):
     handler, url = nonsense

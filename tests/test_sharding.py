@@ -286,6 +286,9 @@ def test_the_plan_counts_the_parameters_of_the_published_models(name, total, tra
     assert counts["total"] == pytest.approx(total, rel=2e-3)
     assert counts["trained"] == pytest.approx(trained, rel=1e-3)
     assert counts["tokens of a picture"] == 576
+    more, _ = plan(name, image_head=True)
+    head = memory_plan.meta_model(memory_plan.janus_config(name)).model.generation_head
+    assert more["trained"] - counts["trained"] == sum(p.numel() for p in head.parameters())
 
 
 def test_the_plan_of_the_tiny_policy_counts_what_is_there(policy):

@@ -10,8 +10,8 @@ from PIL import Image
 import generate
 from reward_models.clip import HPS, PickScore
 from reward_models.judge import LocalJudge
-from tiny_world import draw, learning, train_policy, world
-from tiny_world.gold import fit_scene, gold
+from tiny_world import draw, learning, train, train_policy, world
+from tiny_world.gold import Gold, fit_scene, gold
 from tiny_world.questions import ScriptedEditor
 from tiny_world.world import (
     CORRUPTIONS,
@@ -79,6 +79,49 @@ def test_gold_reads_the_prompt():
         "a yellow star": 0,
     }
     assert {prompt: gold([prompt], [picture])[0].item() for prompt in alignment} == alignment
+
+
+def test_an_object_of_any_colour_does_not_take_the_one_that_another_needs():
+    scene = [Thing("circle", "blue", 8, 20, 5), Thing("circle", "red", 24, 10, 5)]
+    picture = to_image(world.draw(scene))
+    assert gold(["a circle left of a red circle"], [picture])[0] == 1
+    assert gold(["a circle right of a red circle"], [picture])[0] == 0.5
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a red circle above the ground",
+        "four red stars and four blue circles",
+        "two red circles left of a blue star",
+        "two red stars below",
+    ],
+)
+def test_what_this_world_cannot_draw_is_no_prompt_of_it(prompt, tmp_path, capsys):
+    with pytest.raises(ValueError, match="up to four objects"):
+        parse_prompt(prompt)
+    assert Gold()([prompt], [to_image(world.draw([]))]).isnan().all()
+    (tmp_path / "prompts.txt").write_text(f"a red star\n{prompt}\n")
+    with pytest.raises(SystemExit, match="2"):
+        draw.main(draw.Config(prompts=str(tmp_path / "prompts.txt"), output_dir=str(tmp_path)))
+    assert "--prompts" in capsys.readouterr().err and not list(tmp_path.glob("0*"))
+
+
+def test_a_command_for_some_stages_leaves_the_work_of_another(tmp_path, monkeypatch):
+    def stage(cfg, out, unfinished):
+        unfinished.mkdir(parents=True)
+        (tmp_path / f"made {unfinished.name} {cfg.seed}").touch()
+
+    monkeypatch.setattr(train, "STAGES", {"policy": stage, "dino": stage})
+    stopped = tmp_path / "unfinished-seed0/policy/policy.pt"
+    stopped.parent.mkdir(parents=True)
+    stopped.write_text("a thousand steps")
+    (tmp_path / "unfinished-seed0/dino.done").touch()
+    train.main(train.Config(out=str(tmp_path), only="dino", seed=1))
+    assert (tmp_path / "made dino 1").exists() and not (tmp_path / "unfinished-seed1").exists()
+    train.main(train.Config(out=str(tmp_path), only="dino"))  # finished already
+    assert not (tmp_path / "made dino 0").exists() and stopped.exists()
+    assert [path.name for path in stopped.parents[1].iterdir()] == ["policy"]
 
 
 def test_an_empty_picture_is_clean_but_not_gold():

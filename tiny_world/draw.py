@@ -15,8 +15,8 @@ from typing import Literal
 
 import tyro
 
-from tiny_world.world import STYLES, reference_picture
-from training.files import ROOT
+from tiny_world.world import STYLES, parse_prompt, reference_picture
+from training.files import ROOT, usage_error
 from training.pictures import write_pictures
 from training.prompts import load_prompts
 
@@ -37,6 +37,11 @@ def main(cfg):
 
     settings = {"seed": cfg.seed, "model": f"drawn-{cfg.style}", "cfg_weight": None, "cot": True}
     rows, batch_size = load_prompts(cfg.prompts), 32
+    for row in rows:
+        try:
+            parse_prompt(row["prompt"])
+        except ValueError as problem:
+            usage_error(f"--prompts {cfg.prompts}: {problem}")
     write_pictures(rows, sample_batch, settings, cfg.output_dir, cfg.num_images, batch_size)
 
 

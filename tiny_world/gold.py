@@ -132,10 +132,11 @@ def alignment(prompt, found):
     colour counts half; an object too many or too few costs its share; a wrong relation, half."""
     things, relation = parse_prompt(prompt)
     left, score = list(found), 0.0
-    # Exact matches first, so that a half match never takes an object that another one needs.
-    matches = [None] * len(things)
+    # Exact matches first, of these the ones with a colour, so that none takes an object that
+    # another one needs.
+    matches, order = [None] * len(things), sorted(enumerate(things), key=lambda t: not t[1][1])
     for worth in (1, 0.5):
-        for j, (shape, color) in enumerate(things):
+        for j, (shape, color) in order:
             fits = [t for t in left if t.shape == shape and (worth < 1 or color in (None, t.color))]
             if fits and matches[j] is None:
                 matches[j] = fits[0]

@@ -132,13 +132,19 @@ def main(cfg):
     unknown = set(stages) - STAGES.keys()
     if unknown:
         usage_error(f"--only {', '.join(unknown)}: stages are {', '.join(STAGES)}")
-    unfinished = out / "unfinished"  # a stage in work has a folder here; a finished one, a file
-    for stage in stages:
-        if not (unfinished / f"{stage}.done").is_file():
+    # A stage in work has a folder here; a finished one has a file, until the command has ended.
+    unfinished = out / f"unfinished-seed{cfg.seed}"
+    done = {stage: unfinished / f"{stage}.done" for stage in stages}
+    for stage, mark in done.items():
+        if not mark.is_file():
             STAGES[stage](cfg, out, unfinished / stage)
-            with atomic(unfinished / f"{stage}.done"):
+            with atomic(mark):
                 pass
-    shutil.rmtree(unfinished)
+    for stage, mark in done.items():  # another command's unfinished stages stay
+        mark.unlink()
+        shutil.rmtree(unfinished / stage, ignore_errors=True)
+    if not any(unfinished.iterdir()):
+        unfinished.rmdir()
 
 
 if __name__ == "__main__":

@@ -105,7 +105,8 @@ def to_image(pixels):
 
 def parse_prompt(prompt):
     """What a prompt asks for: ([(shape, colour or None), ...], relation or None). Raises ValueError
-    for a prompt from outside this world.
+    for a prompt from outside this world: without objects, with more than four, or with a relation
+    that is not one of two single objects.
 
     >>> parse_prompt("two red stars")
     ([('star', 'red'), ('star', 'red')], None)
@@ -113,15 +114,15 @@ def parse_prompt(prompt):
     ([('circle', 'red'), ('square', None)], 'left of')
     """
     pattern = rf"\b({'|'.join(NUMBERS)}) (?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})(?:e?s)?\b"
-    things = []
-    for number, color, shape in re.findall(pattern, prompt.lower()):
+    things, phrases = [], re.findall(pattern, prompt.lower())
+    for number, color, shape in phrases:
         things += [(shape, color or None)] * NUMBERS[number]
-    if not things:
-        raise ValueError(
-            f"prompt {prompt!r}: the tiny world knows only phrases like 'two red stars' "
-            f"or 'a circle above a blue square' ({', '.join(SHAPES)})"
-        )
     relation = re.search("|".join(RELATIONS), prompt.lower())
+    if not 1 <= len(things) <= 4 or (relation and not len(phrases) == len(things) == 2):
+        raise ValueError(
+            f"prompt {prompt!r}: the tiny world knows only phrases like 'two red stars' or "
+            f"'a circle above a blue square', with up to four objects ({', '.join(SHAPES)})"
+        )
     return things, relation.group() if relation else None
 
 

@@ -18,6 +18,7 @@ Read next: studies/contest.py, which measures them
 """
 
 import contextlib
+import math
 import random
 import re
 from dataclasses import replace
@@ -141,6 +142,21 @@ def entropy_closeness(entropy_N, reference_N):
     subtracts their mean bonus (grpo_trainer.py:987). If only one picture has the highest reward,
     nothing is left. We follow the paper: each picture gets the bonus. STAGE's weight is .4."""
     return 1 / (1 + (reference_N - entropy_N).square())
+
+
+def dominated(values_NK, group_size):
+    """(N,) bool: is another rollout of the group at least as good in every reward and better in
+    one? (Pareto dominance)"""
+    groups = values_NK.view(-1, group_size, values_NK.shape[-1])
+    a, b = groups[:, :, None], groups[:, None]
+    return ((b >= a).all(-1) & (b > a).any(-1)).any(2).view(-1)
+
+
+def pareto_front(scores, weights, group_size):
+    """(N,) bool: the rollouts that no other one of their group dominates. With --combine pareto the
+    advantages of the others are 0 (Parrot, arXiv:2401.05675); they count in their group's mean."""
+    columns = [scores[name] * math.copysign(bool(w), w) for name, w in weights.items()]
+    return ~dominated(torch.stack(columns, 1), group_size)
 
 
 @torch.no_grad()

@@ -31,9 +31,10 @@ def usage_error(message):
 
 def fingerprint(folder):
     """Eight digits that change with the files of a checkpoint: their names, sizes, and sixteen
-    samples of each, since reading all of it can take minutes. Of no folder: 00000000."""
+    samples of each, since reading all of it can take minutes. Of one file: with that; of nothing:
+    00000000."""
     value = 0
-    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+    for path in sorted(path for path in [Path(folder), *Path(folder).rglob("*")] if path.is_file()):
         size = path.stat().st_size
         value = zlib.crc32(f"{path.name} {size}".encode(), value)
         with open(path, "rb") as file:

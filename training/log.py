@@ -51,8 +51,7 @@ def summarize(records, trained, heldout, group_size):
         if name in trained:
             metrics[f"reward/{name}/ceiling"] = at_the_top(values)
             metrics[f"reward/{name}/advantage_corr"] = correlation(values, advantages)
-    unanimous = values.amax(1) == values.amin(1)  # of "total", the last one
-    metrics["unanimous_groups"] = unanimous.float().mean().item()
+    metrics["unanimous_groups"] = (advantages == 0).all(1).float().mean().item()
     return metrics
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from transformers import JanusConfig, JanusForConditionalGeneration
 
-from training.files import usage_error
 from training.policy import adapter_base
 from training.processes import rank
 from training.run_folder import checkpoint_folder
@@ -55,12 +54,13 @@ def meta_model(config):
         return JanusForConditionalGeneration(config)
 
 
-def count_parameters(config, lora_rank):
+def count_parameters(config, lora_rank, image_head=False):
     """Numbers of parameters: (all, trained, of the VQ model, of VQ model and image head)."""
     parameters = dict(meta_model(config).named_parameters())
     vq = sum(p.numel() for name, p in parameters.items() if "vqmodel" in name)
     exact = vq + sum(p.numel() for name, p in parameters.items() if "generation_head" in name)
-    names = [n for n in parameters if n.startswith(("model.language_model.", "lm_head."))]
+    kinds = ("model.language_model.", "lm_head.") + ("model.generation_head.",) * image_head
+    names = [name for name in parameters if name.startswith(kinds)]
     trained = sum(parameters[name].numel() for name in names)
     if lora_rank:
         adapted = [parameters[name].shape for name in names if name.endswith("_proj.weight")]
@@ -69,11 +69,11 @@ def count_parameters(config, lora_rank):
 
 
 def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lora_rank,
-         checkpointing, rewards=0.0, copies=0, prompt=80):  # fmt: skip
+         checkpointing, rewards=0.0, copies=0, prompt=80, image_head=False):  # fmt: skip
     """(counts, gigabytes), two dicts: what -> number. GB are those of one GPU.
 
     pictures: sampled at a time. thought, prompt: tokens. rewards: GB. copies: for cures."""
-    total, trained, vq, exact = count_parameters(config, lora_rank)
+    total, trained, vq, exact = count_parameters(config, lora_rank, image_head)
     frozen = total if lora_rank else total - trained
     llama, T = config.text_config, config.vq_config.num_patches**2
     D, layers, length = llama.hidden_size, llama.num_hidden_layers, prompt + thought + T
@@ -120,26 +120,23 @@ def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lo
     return counts, {n: v / 1e9 for n, v in (state | rollout | update | adam | peaks).items()}
 
 
-def checkpoint_sizes(config, lora_rank):
+def checkpoint_sizes(config, lora_rank, image_head=False):
     """GB of a checkpoint's files: (weights, optimizer). float32 weights, with LoRA its matrices
     alone; two moments of Adam for each trained parameter."""
-    total, trained, *_ = count_parameters(config, lora_rank)
+    total, trained, *_ = count_parameters(config, lora_rank, image_head)
     return 4 * (trained if lora_rank else total) / 1e9, 8 * trained / 1e9
 
 
 def plan_of(cfg, world_size, rewards):
     """The plan of these flags of grpo.py; rewards: GB of their models."""
-    try:
-        config = janus_config(cfg.model)
-    except OSError:
-        known = ", ".join(JANUS_PRO)
-        usage_error(f"--dry-run --model {cfg.model}: no configuration; give a folder, or {known}")
+    config = janus_config(cfg.model)
     cfg_weight = cfg.cfg_weight or (1 if cfg.model == "tiny" else 5)
     guided = cfg.guidance != "none" and cfg_weight != 1
     rollouts = rollouts_of(cfg, world_size)
     return plan(config, world_size, min(cfg.rollout_batch, rollouts),
         min(cfg.micro_batch, rollouts), guided, cfg.max_thought * cfg.cot, cfg.shard, cfg.lora_rank,
-        cfg.gradient_checkpointing, rewards, cfg.cures.copies())  # fmt: skip
+        cfg.gradient_checkpointing, rewards, cfg.cures.copies(),
+        image_head=cfg.train_image_head)  # fmt: skip
 
 
 def rollouts_of(cfg, world_size):
@@ -163,7 +160,9 @@ def print_plan(cfg, world_size, rewards):
     )
     for name, value in gigabytes.items():
         print(f"{value:9.2f} GB   {name}")
-    weights, optimizer = checkpoint_sizes(janus_config(cfg.model), cfg.lora_rank)
+    weights, optimizer = checkpoint_sizes(
+        janus_config(cfg.model), cfg.lora_rank, cfg.train_image_head
+    )
     disk = (weights + optimizer) * (cfg.save_total_limit + 1)
     print(
         f"\na checkpoint: {weights:.1f} GB of weights, {optimizer:.1f} of optimizer, gathered in "

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from tqdm import tqdm
 
 from training.decode import to_rgb
@@ -22,6 +23,7 @@ from training.records import write_jsonl
 STRIP = 12  # pictures in the strip of fixed prompts
 STRIP_SIDE, STRIP_GAP = 96, 4  # pixels: of each picture, and to the next one
 COLUMNS = 16  # pictures in a row of a sheet
+MAX_SHEET = 2**30  # pixels of a sheet: 7,000 pictures of 384 x 384, 3 GB in memory
 
 
 def save_png(image, path):
@@ -50,8 +52,11 @@ def save_sheet(images, path):
 
 def cut_sheet(path, n):
     """The first n pictures of a sheet; n times None if there is no such file, or a damaged one."""
-    try:  # not `open_picture`: a sheet may be larger than any picture
-        sheet, rows = Image.open(path).convert("RGB"), -(-n // COLUMNS)
+    try:  # neither `open_picture` nor Image.open: a sheet may be larger than any picture
+        sheet = PngImageFile(path)
+        if sheet.width * sheet.height > MAX_SHEET:
+            raise ValueError("no sheet of ours is as large")
+        sheet, rows = sheet.convert("RGB"), -(-max(1, n) // COLUMNS)
     except Exception:  # no file, or a damaged one
         return [None] * n
     width, height = sheet.width // COLUMNS, sheet.height // rows
@@ -101,16 +106,16 @@ def write_pictures(
     }
     entries = set_aside(root, wanted)
     todo = pictures_to_make(root, rows, wanted, entries, settings, overwrite)
-    for i, row in enumerate(rows):
-        with atomic(root / f"{i:05d}" / "metadata.jsonl") as file:
-            file.write(json.dumps(row))
+    for i in {i for path, (i, _) in wanted.items() if (root / path).exists()}:
+        write_metadata(root, i, rows[i])
     write_manifest(root, entries)
     for start in tqdm(range(0, len(todo), batch_size), disable=len(todo) <= batch_size):
         batch = todo[start : start + batch_size]
         keys = [(settings["seed"], 0, i, k) for i, k, _ in batch]
         images, thoughts = sample_batch([entry["prompt"] for *_, entry in batch], keys)
-        for (*_, entry), image, thought in zip(batch, images, thoughts):
+        for (i, _, entry), image, thought in zip(batch, images, thoughts):
             path = root / entry["path"]
+            write_metadata(root, i, rows[i])  # not before: GenEval's scorer needs both, or none
             save_png(image, path)
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             entries[entry["path"]] = entry | {"thought": thought, "sha256": digest}
@@ -119,6 +124,11 @@ def write_pictures(
         write_manifest(root, entries)
     there = len(wanted) - len(todo)
     print(f"{len(todo)} pictures made, {there} were there already, in {root}/")
+
+
+def write_metadata(root, i, row):
+    with atomic(root / f"{i:05d}" / "metadata.jsonl") as file:
+        file.write(json.dumps(row))
 
 
 def pictures_to_make(root, rows, wanted, entries, settings, overwrite):
@@ -144,8 +154,12 @@ def read_manifest(root):
     for number, line in enumerate(text.split("\n"), 1):
         try:  # not read_jsonl: a setting that is null must stay equal to itself, and NaN is not
             entry = json.loads(line) if line else None
-            if entry is not None and SAMPLE.fullmatch(entry["path"]):  # nothing outside the folder
-                entries[entry["path"]] = entry
+            if entry is None or not SAMPLE.fullmatch(entry["path"]):  # nothing outside the folder
+                continue
+            kinds = {"id": str, "prompt": str, "sample": int}
+            if not all(isinstance(entry[name], kind) for name, kind in kinds.items()):
+                raise ValueError(f"not {kinds}")
+            entries[entry["path"]] = entry
         except (ValueError, KeyError, TypeError):
             print(f"{manifest}, line {number}: damaged, its picture is made again", file=sys.stderr)
     return entries

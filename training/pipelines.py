@@ -7,6 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
+from training.weights import readable
+
 
 def pipeline_sampler(name_or_path, device, dtype, cfg_weight, seeded_generator):
     """sample_batch of a diffusers pipeline, or None if it is not one. Such models draw reference
@@ -22,7 +24,8 @@ def pipeline_sampler(name_or_path, device, dtype, cfg_weight, seeded_generator):
         return None
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=dtype).to(device)
+    with readable(name_or_path):
+        pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
     guidance = {} if cfg_weight is None else {"guidance_scale": cfg_weight}
 

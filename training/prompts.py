@@ -98,7 +98,13 @@ def prompts_of_step(num_prompts, step, per_step, seed):
 
 def jobs_of_step(rows, step, cfg):
     """This process' rollouts of a step: (prompt index, sample number), group after group. A group
-    stays on one process, which can then compute its mean alone."""
-    indices = prompts_of_step(len(rows), step, cfg.prompts_per_step, cfg.seed)
-    local = indices[rank() :: world_size()]
-    return [(i, k) for i in local for k in range(cfg.num_generations)]
+    stays on one process, which can then compute its mean alone.
+
+    Where one epoch ends and the next begins a prompt may come twice. Its second group has other
+    sample numbers, so other random numbers: it is no copy of the first."""
+    indices, G = (
+        prompts_of_step(len(rows), step, cfg.prompts_per_step, cfg.seed),
+        cfg.num_generations,
+    )
+    groups = [(i, G * indices[:n].count(i)) for n, i in enumerate(indices)]
+    return [(i, first + k) for i, first in groups[rank() :: world_size()] for k in range(G)]

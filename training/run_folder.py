@@ -193,6 +193,8 @@ def begin_log(folder, start, cfg, rewards):
         for path in (folder / place).glob("step_*"):
             if int(re.sub(r"\D", "", path.stem) or 0) >= first:
                 path.unlink()
+                # The pictures of the last test are of none that is left.
+                path.with_name("last.png").unlink(missing_ok=True)
     inputs = inputs_of(cfg, rewards)
     if start:
         check_same_inputs(folder, inputs)
