@@ -62,7 +62,7 @@ def deviation(members, name):
 
 def draw_headline(axis, groups, colors):
     """Proxy and truth in one panel: change since the first test, in standard deviations within a
-    prompt. A solid line for the first training reward, a dashed one for gold."""
+    prompt. A solid line for the proxy, a dashed one for gold."""
     configs = [members[0][1].config for trained, members in groups.items() if trained != "noise"]
     proxy = next((name for name in map(hacking.proxy_of, configs) if name), "noise")
     for trained, members in groups.items():

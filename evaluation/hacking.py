@@ -11,9 +11,9 @@ Onset of hacking, the rule: take the test at which gold is highest. It is the on
 to the last test, gold falls by more than three standard errors and the first training reward rises.
 The standard error is of the differences picture by picture, because all tests use the same prompts
 and the same noise. Three and not two, because the highest of many tests is high by chance, too:
-where nothing changes, two find an onset in 11 % of runs with 9 tests, three in 1 %; with 31 tests,
-24 % and 3 % (tests/test_evaluation.py simulates it). A reward that learns along with the policy is
-no proxy: its scores of two tests cannot be compared.
+where gold does not change while the proxy rises, two find an onset in 11 % of runs with 9 tests,
+three in 1 %; with 31 tests, 24 % and 3 % (tests/test_evaluation.py simulates it). A reward that
+learns along with the policy is no proxy: its scores of two tests cannot be compared.
 
 Read next: curves.py
 """
@@ -204,20 +204,22 @@ def verdict(run, control=None):
     """What became of a run, in words. control: the run on `noise` beside it, if there is one."""
     config, _, tests, _ = read_run(run)
     proxy, last = proxy_of(config), tests[-1]["step"]
-    if not proxy:
-        return f"Trained on {config['flags']['rewards']} alone, which learns: there is no onset."
 
     def moved(where, name):
         gain, error = change(where, name)
         return f"{'rose' if gain > 0 else 'fell'} by {abs(gain):.3f} ± {error:.3f}"
 
-    text = f"In {last} steps {proxy} {moved(run, proxy)}"
+    found = {proxy: proxy, "gold": "gold, the truth,"}
+    parts = [f"{title} {moved(run, name)}" for name, title in found.items() if name in tests[0]]
+    text = f"In {last} steps " + ", and ".join(parts)
     if "gold" not in tests[0]:
         return f"{text}. Gold was not measured, so no onset of hacking can be given."
-    text += f", and gold, the truth, {moved(run, 'gold')} (± one standard error). "
+    text += " (± one standard error). "
     if control:
         text += f"Under the control, which learns from noise, gold {moved(control, 'gold')}. "
-    step, gold, error, gained = after_the_peak(run)
+    if not proxy:
+        return f"{text}The training reward learns, too, so no onset of hacking can be given."
+    step, gold, error, _ = after_the_peak(run)
     if onset(run) is not None:
         fall = f"from there on gold fell by {-gold:.3f} ± {error:.3f} while {proxy} rose"
         return f"{text}Onset of hacking: step {step}; {fall}."

@@ -112,9 +112,9 @@ def judge_folder(judge, protocol, matched, known=(), save=lambda records: None, 
             new[i] = heads[i] | (failed if isinstance(result, waiting.Unanswered) else result)
         records += new
         new_ids = {record["prompt_id"] for record in records}
-        others = [r for r in judged.values() if r["prompt_id"] not in new_ids]
+        others = [record for record in known if record["prompt_id"] not in new_ids]
         save([*records, *others])
-    return [*records, *others] if records else list(judged.values())
+    return [*records, *others] if records else list(known)
 
 
 def head(row, path, model):
@@ -129,7 +129,10 @@ def judge_picture(judge, protocol, row, path, attempts):
     text = instruction(protocol, row["prompt"], row.get("Explanation", ""))
     for attempt in range(attempts if image else 0):
         # Not at temperature 0 again: a deterministic server would repeat itself.
-        answer = judge.write(text, [image], temperature=0.7 * bool(attempt), seed=attempt)
+        try:
+            answer = judge.write(text, [image], temperature=0.7 * bool(attempt), seed=attempt)
+        except waiting.CutOff as problem:
+            answer = str(problem)
         scores = read_scores(answer, protocol)
         if scores:
             return scores | {"evaluation": answer}

@@ -151,7 +151,7 @@ class Aesthetic(Clip):
     how = f"curl -LO https://github.com/LAION-AI/aesthetic-predictor/raw/main/{file}"
 
     def __init__(self, device="cpu", checkpoint=None):
-        head = Path(checkpoint or ".") / self.file
+        self.downloaded = head = Path(checkpoint or ".") / self.file
         if not head.is_file():
             usage_error(f"aesthetic: {head} is missing; it is 4 kB: {self.how}")
         base = head.parent if (head.parent / "config.json").is_file() else self.checkpoint

@@ -19,8 +19,8 @@ def identity(reward, name, checkpoint):
     parts = [name, str(checkpoint or reward.checkpoint or "")]
     if checkpoint and Path(checkpoint).is_dir():  # the same folder may hold other weights today
         parts[1] = f"{Path(checkpoint).name} {fingerprint(checkpoint)}"
-    elif not checkpoint and Path(getattr(reward, "file", "")).is_file():  # maniqa: downloaded here
-        parts[1] = f"{reward.file} {fingerprint(reward.file)}"
+    elif not checkpoint and hasattr(reward, "downloaded"):  # a file in the working directory
+        parts[1] = f"{reward.downloaded} {fingerprint(reward.downloaded)}"
     parts.append(getattr(reward, "question", ""))
     if getattr(reward, "remote", False):
         parts.append(reward.judge.model)

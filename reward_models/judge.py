@@ -176,12 +176,12 @@ class ServedJudge:
             raise waiting.Unanswered("the answer came without logprobs") from problem
 
     def write(self, text, images, max_tokens=512, temperature=0.0, seed=0):
-        """The model's answer to a text and pictures. Raises Unanswered, also for half an answer."""
+        """The model's answer to a text and pictures. Raises Unanswered; CutOff for half of one."""
         options = dict(max_tokens=max_tokens, temperature=temperature, seed=seed)
         reply = self.request(text, images, **options)
         try:
             if reply.choices[0].finish_reason == "length":
-                raise waiting.Unanswered(f"the answer was cut off after {max_tokens} tokens")
+                raise waiting.CutOff(f"the answer was cut off after {max_tokens} tokens")
             return str(reply.choices[0].message.content or "")
         except NONSENSE as problem:
             raise waiting.Unanswered("the answer came without a text") from problem

@@ -193,7 +193,7 @@ def written_score(text):
     >>> written_score("Final Score: 4/10"), written_score("Alignment Score (1-5): 5\\nCoherence")
     (nan, nan)
     """
-    number = r"([0-9]*\.?[0-9]+)(?![0-9]|\s*/\s*(?!5\b))"  # of 5, if it says of what
+    number = r"([0-9]*\.?[0-9]+)(?!\.?[0-9]|\s*/(?!\s*5\b))"  # of 5, if it says of what
     parts = r"(?:Alignment|Coherence|Style) Score(?: \(1-5\))?"
     found = re.findall(rf"Final Score:\s*{number}", text)[-1:]
     if not found:

@@ -218,7 +218,8 @@ class MANIQAReward:
     how = f"curl -LO https://github.com/IIGROUP/MANIQA/releases/download/Koniq10k/{file}"
 
     def __init__(self, device="cpu", checkpoint=None, **sizes):
-        path, self.device = Path(checkpoint or ".") / self.file, device
+        self.downloaded = path = Path(checkpoint or ".") / self.file
+        self.device = device
         if not path.is_file():
             usage_error(f"maniqa: {path} is missing; it is 543 MB: {self.how}")
         self.model = fill(MANIQA(**sizes), read_weights(path), path)

@@ -33,7 +33,7 @@ from training.files import usage_error
 PROBLEMS = (requests.RequestException, ValueError, KeyError, TypeError)
 PROBLEMS += (OverflowError, RecursionError)
 PICTURES, PIXELS = 16, MAX_PIXELS // 2  # of one request: its PNGs must fit into max_bytes
-ANSWER = 2**20  # bytes; no answer of ours is longer
+ANSWER = 2**16  # bytes; no answer of ours is longer
 TOKEN = "REWARD_TOKEN"  # environment variable: the word that a server started with --token asks for
 
 
@@ -122,13 +122,14 @@ def small_batches(images):
 
 
 def fetch(method, url, seconds, **options):
-    """(status, text) of a reply. Raises RequestException, also for one that does not end."""
+    """(status, text) of a reply. Raises RequestException, and Unanswered for one that does not end.
+    Byte by byte: a larger part would be waited for, however slowly it comes."""
     end, body = time.monotonic() + seconds, b""
     with requests.request(method, url, stream=True, timeout=seconds, **options) as reply:
-        for part in reply.iter_content(2**16):
+        for part in reply.iter_content(1):
             body += part
             if len(body) > ANSWER or time.monotonic() > end:
-                raise requests.RequestException(f"the answer does not end, after {len(body)} bytes")
+                raise waiting.Unanswered(f"the answer does not end, after {len(body)} bytes")
         return reply.status_code, body.decode("utf-8", "replace")
 
 

@@ -41,9 +41,9 @@ TARGETS = [  # (file, its functions, the tests that must notice)
     ("training/optimizer.py", "learning_rate make_optimizer", f"{METHOD} {UPDATE}"),
     (
         "training/cures.py",
-        "flatten_gradient win_rates doubtful spread entropy_closeness encode exchange "
-        "Cure.__init__ Cure.betas Cure.entropy_bonus Cure.data Cure.after_step",
-        "tests/test_cures.py --deselect "
+        "flatten_gradient dominated pareto_front win_rates doubtful spread entropy_closeness "
+        "encode exchange Cure.__init__ Cure.betas Cure.entropy_bonus Cure.data Cure.after_step",
+        f"{METHOD} tests/test_cures.py --deselect "
         "tests/test_cures.py::test_a_run_with_all_cures_resumes_as_if_nothing_had_happened",
     ),
     ("grpo.py", "rollout", f"{UPDATE} {ROLLOUT}"),

@@ -129,3 +129,15 @@ def test_the_table_of_optimisers_by_hand():
     assert row["hps, deviations"].startswith("+2.000") and row["KL of the control"] == "0.2"
     assert row["gain per nat"] == f"{2 / 9:.2f}" and row["gold"].startswith("-0.100")
     assert row["gold, control"] == "+0.000"
+
+
+@pytest.mark.parametrize("variant", optimiser.VARIANTS)
+@pytest.mark.parametrize("reward", optimiser.REWARDS)
+def test_every_optimiser_is_a_command_that_grpo_takes(variant, reward):
+    flags, file, facts = optimiser.job(optimiser.Config(), variant, reward, 2)
+    cfg = tyro.cli(grpo.Config, args=flags)
+    checks.fill_presets(cfg)
+    assert (cfg.rewards, cfg.seed) == (reward, 2) and cfg.run_name == file.stem
+    default = not optimiser.VARIANTS[variant]
+    assert file.parent.name == ("contest" if default else "optimiser")
+    assert facts["seed"] == 2 and ("cure" in facts) == default

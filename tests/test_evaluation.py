@@ -265,10 +265,19 @@ def test_a_call_about_some_pictures_keeps_the_judgements_of_the_others(tmp_path)
     picture().save(tmp_path / "1.png")
     row = {"prompt": "p", "tag": "t"}
     matched = [(row | {"id": str(i)}, 0, tmp_path / "1.png") for i in range(1, 4)]
-    known = wise.judge_folder(ScriptedJudge(["Score: 1"] * 3), "verified", matched)
+    answers = ["Score: 1", "Score: 1", *["?"] * 3]  # the third one fails
+    known = wise.judge_folder(ScriptedJudge(answers), "verified", matched)
     saved, other = [], [(row | {"id": "2", "prompt": "q"}, 0, tmp_path / "1.png")]
     got = wise.judge_folder(ScriptedJudge(["Score: 0"]), "verified", other, known, saved.append)
-    assert {r["prompt_id"]: r["score"] for r in got} == {1: 1, 2: 0, 3: 1} and saved == [got]
+    scores = {r["prompt_id"]: r["score"] for r in got}
+    assert scores == {1: 1, 2: 0, 3: pytest.approx(math.nan, nan_ok=True)} and saved == [got]
+
+
+def test_half_an_answer_is_asked_for_again(tmp_path):
+    judge = ScriptedJudge([waiting.CutOff("cut off after 512 tokens"), "Score: 1"] * 2)
+    assert [r["score"] for r in judged(judge, "verified", tmp_path)] == [1, 1]
+    (record, _) = judged(ScriptedJudge([waiting.CutOff("cut off")] * 6), "verified", tmp_path)
+    assert math.isnan(record["score"]) and record["evaluation"] == "cut off"
 
 
 def test_the_first_picture_of_a_prompt_is_judged_also_where_number_0_is_missing(tmp_path):
@@ -592,7 +601,9 @@ def test_a_reward_that_learns_is_no_proxy(tmp_path):
     """Its scores drift while nothing else changes: no onset, no alarm that compares them."""
     golds, proxy = [np.full(100, 0.9), np.linspace(0, 0.9, 100)], [0.1, 0.9]
     run = make_run(tmp_path / "a", golds, proxy, rewards="adversarial", eval_rewards="gold,hps")
-    assert hacking.onset(run) is None and "which learns: there is no onset" in hacking.verdict(run)
+    text = hacking.verdict(run)
+    assert hacking.onset(run) is None and "The training reward learns, too" in text
+    assert text.startswith("In 1 steps gold, the truth, fell by")
     assert alarms.held_out(run) == alarms.parting(run) == {}
     both = make_run(tmp_path / "b", golds, proxy, rewards="adversarial,hps")
     assert hacking.proxy_of(hacking.read_run(both).config) == "hps" and hacking.onset(both) == 0

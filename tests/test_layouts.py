@@ -416,6 +416,12 @@ def test_a_stopped_command_leaves_no_folder_without_pictures(tmp_path):
         write_pictures(rows_of(*TEXTS), stops, {"seed": 1}, tmp_path / "out", 1, 1)
     assert files_of(tmp_path / "out")[:2] == ["00000/metadata.jsonl", "00000/samples/0000.png"]
     assert not list((tmp_path / "out").glob("00001/*"))
+    # Nor where another prompt had pictures before.
+    draw(tmp_path / "again", TEXTS, 1)
+    with pytest.raises(ZeroDivisionError):
+        new = rows_of(TEXTS[0], "new", TEXTS[2])
+        write_pictures(new, lambda *_: 1 / 0, {"seed": 1}, tmp_path / "again", 1, 1)
+    assert not (tmp_path / "again/00001").exists() and (tmp_path / "again/00002").exists()
 
 
 def test_what_only_resembles_an_unfinished_file_of_ours_stays(tmp_path, capsys):

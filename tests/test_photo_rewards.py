@@ -58,6 +58,9 @@ def test_a_score_above_1_is_a_score(small_maniqa):
     "text, score",
     [
         ("Final Score: 4/5", 4),
+        ("Final Score: 4 / 5", 4),
+        ("Final Score: 4.", 4),
+        ("Final Score: 4.5/10", None),
         ("Final Score: 4 / 10", None),
         ("Final Score: 4/50", None),
         ("Alignment Score: 5\nCoherence Score: 4\nStyle Score: 3", 4),

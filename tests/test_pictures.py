@@ -18,7 +18,8 @@ import artifact_reward
 import evaluate
 import rewards
 from evaluation import labels
-from reward_models.pixels import crop_to_square, data_url, from_data_url
+from reward_models.clip import Aesthetic, PickScore
+from reward_models.pixels import data_url, from_data_url
 from reward_models.serving import serve
 from training import decode, pictures
 from training.pictures import cut_sheet, save_sheet
@@ -386,18 +387,16 @@ def test_a_sheet_may_be_larger_than_any_picture(monkeypatch, tmp_path):
     assert cut_sheet(tmp_path / "sheet.png", 20) == [None] * 20
 
 
-@pytest.mark.parametrize("size", [(640, 720), (832, 1216), (300, 200), (224, 224), (227, 1000)])
-@pytest.mark.parametrize("halve", [int, round])
-def test_a_crop_is_that_of_the_originals(size, halve):
-    """The rules of torchvision's Resize and CenterCrop, and of transformers', by hand."""
-    short, long = sorted(size)
-    scaled = int(224 * long / short)
-    first = halve((scaled - 224) / 2)  # transformers: //, torchvision: int(round(...))
-    image = Image.effect_noise(size, 80).convert("RGB")
-    shape = (224, scaled) if size[0] < size[1] else (scaled, 224)
-    box = (0, first, 224, first + 224) if size[0] < size[1] else (first, 0, first + 224, 224)
-    expected = image.resize(shape, Image.BICUBIC).crop(box)
-    assert crop_to_square(image, 224, halve).tobytes() == expected.tobytes()
+@pytest.mark.parametrize("kind, first", [(PickScore, 1), (Aesthetic, 2)])
+def test_a_crop_is_that_of_the_original(kind, first):
+    """227 x 341 becomes 224 x 336 (int, not round) and so on. A rest of 3 is cut as 1 and 2 by
+    transformers (PickScore), and as 2 and 1 by torchvision's int(round(3 / 2))."""
+    image = Image.effect_noise((227, 230), 80).convert("RGB")  # 224 * 230 / 227 = 226.96
+    scaled = image.resize((224, 226), Image.BICUBIC)
+    assert kind.make_square(image, 224).tobytes() == scaled.crop((0, 1, 224, 225)).tobytes()
+    image = Image.effect_noise((224, 227), 80).convert("RGB")
+    expected = image.crop((0, first, 224, first + 224))
+    assert kind.make_square(image, 224).tobytes() == expected.tobytes()
 
 
 def test_a_score_of_opened_pictures_has_a_place_for_each():

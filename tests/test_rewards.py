@@ -17,8 +17,13 @@ import rewards
 from reward_models import guards
 from tiny_world import world
 from training.files import ROOT
+from training.flags import LEARNING
 
 NAN = math.nan
+
+
+def test_the_rewards_that_learn_are_known_to_those_that_compare_tests():
+    assert {name for name, kind in rewards.REWARDS.items() if rewards.learns(kind)} == set(LEARNING)
 
 
 def test_every_reward_says_what_it_is():
@@ -115,9 +120,14 @@ def test_a_file_that_was_downloaded_here_is_part_of_the_identity(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     seen = set()
     for weights in (b"one", b"two"):
-        (tmp_path / rewards.MANIQAReward.file).write_bytes(weights)
-        seen.add(guards.identity(object.__new__(rewards.MANIQAReward), "maniqa", None))
+        reward = object.__new__(rewards.MANIQAReward)
+        reward.downloaded = tmp_path / reward.file
+        reward.downloaded.write_bytes(weights)
+        seen.add(guards.identity(reward, "maniqa", None))
     assert len(seen) == 2
+    # HPS loads its file from the hub, not from here.
+    (tmp_path / rewards.HPS.file).write_bytes(b"another")
+    assert rewards.HPS.file not in guards.identity(object.__new__(rewards.HPS), "hps", None)
 
 
 def test_a_judge_on_a_server_may_see_photographs(monkeypatch):

@@ -125,6 +125,6 @@ def check_flags(cfg, num_rewards, processes):
     if len(rows) < cfg.prompts_per_step:
         usage_error(
             f"--prompts {cfg.prompts}: {len(rows)} prompts for --prompts-per-step "
-            f"{cfg.prompts_per_step}; a step needs as many, or two of its groups would be copies"
+            f"{cfg.prompts_per_step}; a step needs as many, each once"
         )
     return rows, load_prompts(cfg.test_prompts)

@@ -13,10 +13,8 @@ import tyro
 # Of every --judge-url: one address each time it is given. A flag that takes any number would take
 # the files behind it, too.
 JudgeUrls = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-LEARNING = (
-    "adversarial",
-    "adversarial-pickscore",
-)  # rewards that learn: no score is like a later one
+# Rewards that learn along with the policy: their scores of two steps cannot be compared.
+LEARNING = ("adversarial", "adversarial-pickscore")
 STATISTICS = "brightness,saturation,edges,entropy"  # what the reward name "stats" stands for
 Combine = Literal[  # see rewards.combine
     "sum", "normalized", "mean", "min", "uwo", "pareto", "winrate", "quantized", "constrained"

@@ -23,7 +23,7 @@ from training.records import write_jsonl
 STRIP = 12  # pictures in the strip of fixed prompts
 STRIP_SIDE, STRIP_GAP = 96, 4  # pixels: of each picture, and to the next one
 COLUMNS = 16  # pictures in a row of a sheet
-MAX_SHEET = 2**30  # pixels of a sheet: 7,000 pictures of 384 x 384, 3 GB in memory
+MAX_SHEET = 2**30  # pixels of a sheet: 7,000 pictures of 384 x 384, 9 GB in memory
 
 
 def save_png(image, path):
@@ -106,8 +106,12 @@ def write_pictures(
     }
     entries = set_aside(root, wanted)
     todo = pictures_to_make(root, rows, wanted, entries, settings, overwrite)
-    for i in {i for path, (i, _) in wanted.items() if (root / path).exists()}:
-        write_metadata(root, i, rows[i])
+    there = {i for path, (i, _) in wanted.items() if (root / path).exists()}
+    for i, row in enumerate(rows):
+        if i in there:
+            write_metadata(root, i, row)
+        else:
+            remove_empty(root / f"{i:05d}")
     write_manifest(root, entries)
     for start in tqdm(range(0, len(todo), batch_size), disable=len(todo) <= batch_size):
         batch = todo[start : start + batch_size]
@@ -129,6 +133,15 @@ def write_pictures(
 def write_metadata(root, i, row):
     with atomic(root / f"{i:05d}" / "metadata.jsonl") as file:
         file.write(json.dumps(row))
+
+
+def remove_empty(folder):
+    """Remove a prompt's folder that holds no pictures: GenEval's scorer ends at one. What is not
+    ours stays."""
+    (folder / "metadata.jsonl").unlink(missing_ok=True)
+    for emptied in (folder / "samples", folder):
+        if emptied.is_dir() and not any(emptied.iterdir()):
+            emptied.rmdir()
 
 
 def pictures_to_make(root, rows, wanted, entries, settings, overwrite):
@@ -200,9 +213,6 @@ def set_aside(root, wanted):
             (root / path).replace(aside / path)
         write_manifest(aside, {path: stale[path] for path in moved})
         for folder in folders - {path.split("/")[0] for path in wanted}:
-            (root / folder / "metadata.jsonl").unlink(missing_ok=True)
-            for emptied in (root / folder / "samples", root / folder):
-                if not any(emptied.iterdir()):
-                    emptied.rmdir()
+            remove_empty(root / folder)
         print(f"{len(moved)} pictures of an earlier command are now in {aside}/")
     return {path: entry for path, entry in entries.items() if path in wanted}

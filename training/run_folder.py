@@ -193,7 +193,7 @@ def begin_log(folder, start, cfg, rewards):
         for path in (folder / place).glob("step_*"):
             if int(re.sub(r"\D", "", path.stem) or 0) >= first:
                 path.unlink()
-                # The pictures of the last test are of none that is left.
+                # last.png shows a test that has just been removed.
                 path.with_name("last.png").unlink(missing_ok=True)
     inputs = inputs_of(cfg, rewards)
     if start:

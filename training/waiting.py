@@ -23,6 +23,10 @@ class Unanswered(Exception):
     """A call that has no result. Its text is the reason."""
 
 
+class CutOff(Unanswered):
+    """A model's answer that was longer than it may be."""
+
+
 def start(calls, workers=16):
     """Run functions without arguments in daemon threads; a Future for each."""
     futures, waiting = [Future() for _ in calls], queue.SimpleQueue()
