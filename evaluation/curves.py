@@ -108,7 +108,8 @@ def draw_measure(by_step, by_kl, name, groups, colors):
             by_kl.plot(distance, chosen, "s:", color=colors[trained], markersize=4, alpha=0.7)
     # At least this range around the start, so that noise does not look like a change, and two runs
     # can be compared by eye.
-    low, high = by_step.get_ylim()
+    lows, highs = zip(by_step.get_ylim(), by_kl.get_ylim())
+    low, high = min(lows), max(highs)
     lines = [line.get_ydata() for line in by_step.get_lines() if len(line.get_ydata())]
     start = mean(float(line[0]) for line in lines)
     if math.isfinite(start) and abs(start) <= 1:
