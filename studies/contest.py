@@ -224,10 +224,10 @@ def contest_table(results):
         row, columns = {"cure": cure, "from": source, "runs": len(runs)}, changes(runs)
         for name, (center, width) in columns.items():
             row[name] = f"{center:.1f}" if name in ("KL", "minutes") else f"{center:+.3f}"
-            if math.isfinite(width) and name not in ("diversity", "KL", "minutes"):
+            # The interval of two runs is 12.7 standard errors wide, and says nothing.
+            if len(runs) > 2 and name not in ("diversity", "KL", "minutes"):
                 row[name] += f" ± {width:.3f}"
-        # A ratio of means, only where the proxy rose: divided by noise it would mean nothing. The
-        # interval of two runs is 12.7 standard errors wide, and says little.
+        # A ratio of means, only where the proxy rose: divided by noise it would mean nothing.
         (proxy, width), (gold, _) = columns["hps"], columns["gold"]
         rose = proxy > (width if len(runs) > 2 else 0.02)
         row["gold per hps"] = f"{gold / proxy:+.2f}" if rose else "-"
