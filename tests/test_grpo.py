@@ -704,7 +704,7 @@ BAD_USAGE = [
     ("--combine constrained --rewards hps", "needs two rewards"),
     ("--eval-rewards adversarial --rewards hps", "unless it learns"),
     ("--rewards hps,adversarial@http://127.0.0.1:8100", "leave the address out"),
-    ("--prompts-per-step 600", "would be copies"),
+    ("--prompts-per-step 600", "as many, each once"),
     ("--references /nowhere --rewards adversarial", "manifest.jsonl"),
     ("--shard", "--nproc-per-node"),
 ]
