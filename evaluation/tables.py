@@ -50,7 +50,7 @@ def bootstrap(statistic, groups, draws=1000, seed=0):
         drawn = rng.integers(len(members), size=len(members))
         values.append(statistic(np.concatenate([members[i] for i in drawn])))
     low, high = np.nanpercentile(values, [2.5, 97.5], axis=0)
-    if len(members) < 2:  # always the same group: an interval of width 0 would be a lie
+    if len(members) < 2:  # always the same group: the width would be 0, and is unknown
         low, high = np.full_like(low, math.nan), np.full_like(high, math.nan)
     return low.tolist(), high.tolist()
 

@@ -102,9 +102,7 @@ def jobs_of_step(rows, step, cfg):
 
     Where one epoch ends and the next begins a prompt may come twice. Its second group has other
     sample numbers, so other random numbers: it is no copy of the first."""
-    indices, G = (
-        prompts_of_step(len(rows), step, cfg.prompts_per_step, cfg.seed),
-        cfg.num_generations,
-    )
+    G = cfg.num_generations
+    indices = prompts_of_step(len(rows), step, cfg.prompts_per_step, cfg.seed)
     groups = [(i, G * indices[:n].count(i)) for n, i in enumerate(indices)]
     return [(i, first + k) for i, first in groups[rank() :: world_size()] for k in range(G)]
