@@ -281,6 +281,7 @@ class AdversarialPickScore(Adversarial):
     configuration has one). It reads the prompt, and starts from human preferences."""
 
     range = (-100.0, 100.0)
+    usual = "18 to 24"
     needs = ("text", "references")
     checkpoint = "yuvalkirstain/PickScore_v1"
     gigabytes = 3.9

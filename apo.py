@@ -20,8 +20,8 @@ Run:   python apo.py                  the tiny world: three seeds, two ways to s
 You should see:  accuracy on the test split of the first question, then of the optimised one, with
 intervals, and how many answers of the judge that took; runs/apo/*/question.txt and report.html.
 
-The data are split by prompt. The test split is opened once, at the end. (The released code reports
-on the split it optimised on.) Each answer is kept on disk: the same command again asks for none.
+The data are split by prompt. The test split is opened once, at the end. (The released code scores
+its test file in every round.) Each answer is kept on disk: the same command again asks for none.
 
 Left out: the writing model in the tiny world. No model that small can write. A scripted editor
 (tiny_world/questions.py) proposes the changes; judge, mistakes, beam and selection are real.
@@ -130,8 +130,8 @@ class CachedJudge:
 
 
 class Writer:
-    """A language model behind an OpenAI-compatible server; as in the paper, by default the judge's
-    own model."""
+    """A language model behind an OpenAI-compatible server; by default the judge's own model (as
+    released: a smaller one)."""
 
     def __init__(self, served, judge):
         self.served, self.judge = served, judge  # a CachedJudge, for its memory
@@ -270,7 +270,7 @@ def load_writer(cfg, judge):
     if cfg.writer_url:
         return ServedJudge([cfg.writer_url], cfg.writer_model)
     if isinstance(judge, ServedJudge):
-        return judge  # as in the paper: the model that judges also thinks about the question
+        return judge  # the model that judges also thinks about the question
     usage_error("a judge in this process answers yes or no, it does not write: give --writer-url")
 
 

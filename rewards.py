@@ -311,16 +311,18 @@ def combine(scores, weights, group_size, how="sum", multipliers=None):
     advantage, because one of its scores failed. z: z-score in the group.
 
     sum          sum_k w_k r_k: the paper, and T2I-R1. The reward with the largest scale dominates.
-    normalized   sum_k w_k z_k: all rewards count alike (with --advantage global: GDPO).
-    mean, min    of the z_k: ensembles (Coste et al., arXiv:2310.02743: mean and worst case).
-    uwo          mean - 0.5 variance of the z_k (there, of r; our rewards differ in scale).
+    normalized   sum_k w_k z_k: all rewards count alike (with --advantage global: GDPO,
+                 arXiv:2601.05242).
+    mean, min    of the z_k: ensembles (arXiv:2312.09244, arXiv:2310.02743).
+    uwo          mean - 0.5 variance of the z_k (there of r, in PPO with weight 0.1).
     pareto       sum; only the Pareto front of a group teaches: training/cures.py, pareto_front.
     winrate      sum_k w_k (share of the group's others that r_k puts lower): only the order counts,
                  so a tiny difference counts as much as a large one (Pref-GRPO, arXiv:2508.20751).
-    quantized    sum_k of w_k r_k rounded to tenths: tiny differences teach nothing (as in
-                 AR-GRPO, arXiv:2508.06924; its code defines this for each reward's own range).
+    quantized    sum_k of w_k r_k rounded to tenths: tiny differences teach nothing (AR-GRPO,
+                 arXiv:2508.06924, adds a reward of three levels to the plain one).
     constrained  r_1 + sum_{k>1} lambda_k r_k; Rewards.update_multipliers sets lambda so that each
-                 further reward stays above its floor (arXiv:2310.04373)."""
+                 further reward stays above its floor (after arXiv:2310.04373, where every reward is
+                 a constraint)."""
     names = list(weights)
     values = torch.stack([scores[name] for name in names], 1)  # (N, K)
     weight = torch.tensor([weights[name] for name in names])

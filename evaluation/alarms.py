@@ -8,7 +8,8 @@ limits do on runs with gold see docs/results.md, "Which alarms find hacking with
                 not learn along with the policy)
     pictures    how far brightness, saturation, edges or entropy of the test pictures have moved,
                 the farthest of the four, in standard deviations over the base policy's pictures
-    distance    KL to the base policy, nats; choosing the best of 16 of its pictures costs 1.8
+    distance    KL to the base policy, nats; choosing the best of 16 of its pictures costs at
+                most 1.8
     diversity   how much the distance between two pictures of a group has changed, as a share of
                 that of the first ten steps
     sampler     how many standard errors -log pi(token) - entropy differs from 0, over the tokens of

@@ -5,7 +5,9 @@ rises with the proxy; then it falls while the proxy goes on rising: over-optimis
 arXiv:2210.10760). The distance from the base policy is sqrt(KL). Best-of-n optimises the same proxy
 without training: draw n pictures and keep the one with the highest reward,
 
-    KL(best of n || base) = log n - (n - 1) / n
+    KL(best of n || base) <= log n - (n - 1) / n
+
+(equal where no two pictures and no two rewards are alike, arXiv:2401.01879).
 
 Onset of hacking, the rule: take the test at which gold is highest. It is the onset if, from there
 to the last test, gold falls by more than three standard errors and the first training reward rises.

@@ -16,7 +16,7 @@ from training.files import fingerprint, usage_error
 def identity(reward, name, checkpoint):
     """What a score depends on besides prompt and picture, in words: scores of another checkpoint,
     judge or question are others, and must not be taken for these."""
-    parts = [name, str(checkpoint or reward.checkpoint or "")]
+    parts = [name, str(checkpoint or reward.checkpoint) if reward.checkpoint else ""]
     if checkpoint and Path(checkpoint).is_dir():  # the same folder may hold other weights today
         parts[1] = f"{Path(checkpoint).name} {fingerprint(checkpoint)}"
     elif not checkpoint and hasattr(reward, "downloaded"):  # a file in the working directory

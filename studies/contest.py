@@ -10,6 +10,7 @@ is held out, measures what became of the pictures:
     aligned        change of gold's first factor: does the picture show what the prompt says
     artifact-free  change of the share of pictures without artifacts
     gold           change of gold = aligned * clean
+    against none   change of gold minus that of "no cure" with the same seed
     gold per hps   change of gold for each unit of proxy gain
 
 Run:   python -m studies.contest              train what is missing (hours; a stopped contest goes
@@ -45,7 +46,7 @@ import rewards
 from evaluation import alarms, hacking
 from evaluation.tables import interval, markdown
 from training.files import ROOT, atomic, usage_error
-from training.records import mean, read_json
+from training.records import read_json
 from training.run_folder import checkpoints
 
 BUDGET = "--eval-steps 10 --save-steps 25 --best-of 0"
@@ -148,8 +149,6 @@ def measure(run):
         "seconds": sum(seconds),
         "alarms": alarm_steps(run),
         "onset": hacking.onset(run),
-        # Of the training steps' groups: a test draws too few pictures of each prompt.
-        "diversity": [line["diversity"] for line in steps],
     }
 
 
@@ -192,28 +191,31 @@ def gain(run, name):
     return run["tests"][-1][name] - run["tests"][0][name]
 
 
-def diversity_gain(run):
-    """Mean of the last five steps minus mean of the first two."""
-    step = run["tests"][-1]["step"]
-    if step == 0:
-        return 0.0
-    return mean(run["diversity"][max(0, step - 5) : step]) - mean(run["diversity"][:2])
-
-
 MEASURES = {
     "hps": lambda run: gain(run, "hps"),
     "aligned": lambda run: gain(run, "gold-aligned"),
     "artifact-free": lambda run: gain(run, "artifact-free"),
     "gold": lambda run: gain(run, "gold"),
-    "diversity": diversity_gain,
     "KL": lambda run: run["tests"][-1]["kl"],
     "minutes": lambda run: run["seconds"] / 60,
 }
 
 
+def against_none(results, runs):
+    """Changes of gold beyond those of "no cure". Seed by seed, since runs of one seed have the same
+    prompts and random numbers, so that their difference varies less."""
+    none = {run["seed"]: gain(run, "gold") for run in results.get("no cure", ())}
+    return [gain(run, "gold") - none[run["seed"]] for run in runs if run["seed"] in none]
+
+
 def changes(runs):
     """The runs of a cure -> measure -> (mean, half the width of its 95 % interval over seeds)."""
     return {name: interval([value(run) for run in runs]) for name, value in MEASURES.items()}
+
+
+def with_interval(center, width, runs):
+    """The interval of two runs is 12.7 standard errors wide, and says nothing."""
+    return f"{center:+.3f} ± {width:.3f}" if runs > 2 else f"{center:+.3f}"
 
 
 def contest_table(results):
@@ -223,10 +225,11 @@ def contest_table(results):
         source = CURES[cure]["from"] if cure != STOPPED else "at the first alarm"
         row, columns = {"cure": cure, "from": source, "runs": len(runs)}, changes(runs)
         for name, (center, width) in columns.items():
-            row[name] = f"{center:.1f}" if name in ("KL", "minutes") else f"{center:+.3f}"
-            # The interval of two runs is 12.7 standard errors wide, and says nothing.
-            if len(runs) > 2 and name not in ("diversity", "KL", "minutes"):
-                row[name] += f" ± {width:.3f}"
+            row[name] = with_interval(center, width, len(runs))
+        for name in ("KL", "minutes"):
+            row[name] = f"{columns[name][0]:.1f}"
+        pairs = against_none(results, runs) if cure != "no cure" else []
+        row["against none"] = with_interval(*interval(pairs), len(pairs)) if pairs else ""
         # A ratio of means, only where the proxy rose: divided by noise it would mean nothing.
         (proxy, width), (gold, _) = columns["hps"], columns["gold"]
         rose = proxy > (width if len(runs) > 2 else 0.02)

@@ -17,8 +17,7 @@ def run(proxy, gold, kl=(0.0, 4.0, 9.0), onset=None, **alarms):
         {"step": step, "kl": k, "hps": p, "gold": g, "gold-aligned": 1.0, "artifact-free": g}
         for step, k, p, g in zip((0, 10, 20), kl, proxy, gold)
     ]
-    diversity = [0.2, 0.4] + [0.3] * 8 + [0.1] * 10
-    made = {"tests": tests, "seconds": 120.0, "diversity": diversity}
+    made = {"tests": tests, "seconds": 120.0, "seed": 1, "deviation": 0.2}
     return made | {"alarms": alarms, "onset": onset}
 
 
@@ -46,8 +45,6 @@ def test_a_change_is_the_last_test_minus_the_first_and_its_interval_is_over_seed
     # t of two seeds; s / sqrt(2) = .05
     assert columns["hps"] == pytest.approx((0.15, 12.71 * 0.05), abs=1e-6)
     assert columns["gold"][0] == pytest.approx(-0.2)
-    # the last five steps against the first two
-    assert columns["diversity"] == pytest.approx((0.1 - 0.3, 0.0))
     assert columns["minutes"] == (2.0, 0.0)
 
 
@@ -60,6 +57,18 @@ def test_gold_per_proxy_is_a_ratio_of_means_and_only_where_the_proxy_rose():
     table = contest.contest_table(cures)
     assert [row["cure"] for row in table] == ["GARDO", "no cure", "control", "judge, summed"]
     assert [row["gold per hps"] for row in table] == ["+0.67", "-0.50", "-", "-"]
+
+
+def test_a_cure_is_compared_with_no_cure_seed_by_seed():
+    """Gold changes by -.3, .0, -.1 and -.1, without a cure by -.4, -.2, -.1: +.1, +.2, +.0."""
+    curve = lambda change: run((0.4, 0.5, 0.6), (0.6, 0.5, 0.6 + change))
+    seeds = lambda *changes: [curve(c) | {"seed": i + 1} for i, c in enumerate(changes)]
+    results = {"no cure": seeds(-0.4, -0.2, -0.1), "GARDO": seeds(-0.3, 0.0, -0.1, -0.1)}
+    differences = contest.against_none(results, results["GARDO"])
+    assert differences == pytest.approx([0.1, 0.2, 0.0])
+    table = {row["cure"]: row["against none"] for row in contest.contest_table(results)}
+    # t of three seeds; s / sqrt(3) = .0577
+    assert table == {"GARDO": "+0.100 ± 0.248", "no cure": ""}
 
 
 def test_early_stopping_is_the_run_without_a_cure_up_to_its_stopping_time(tmp_path):
@@ -121,7 +130,7 @@ def test_the_table_of_alarms_counts_runs_by_what_gold_says():
 
 def test_the_table_of_optimisers_by_hand():
     """hps gains .3 and .5, each deviation .2: 2 deviations on average, for 9 nats."""
-    runs = [run([0.1, 0.2, 0.1 + g], [0.5, 0.6, 0.4]) | {"deviation": 0.2} for g in (0.3, 0.5)]
+    runs = [run([0.1, 0.2, 0.1 + g], [0.5, 0.6, 0.4]) for g in (0.3, 0.5)]
     still = [run([0.1, 0.1, 0.1], [0.5, 0.5, 0.5], kl=(0.0, 0.1, 0.2))]
     variant = next(iter(optimiser.VARIANTS))
     (row,) = optimiser.table({(variant, "hps"): runs, (variant, "noise"): still})

@@ -335,7 +335,9 @@ def test_reference_pictures_take_the_place_of_sampled_ones(policy, rollouts, con
     rows = [{"prompt": prompt} for prompt in PROMPTS]
     cure = Cure(Cures(data_weight=0.5), policy, References(None), 7, rows)
     data = cure.data(policy, rollouts, 4, step=0)
-    assert data.prompts == PROMPTS and data.thoughts == [rollouts.thoughts[i] for i in (0, 4)]
+    # A sampled thought would describe another picture.
+    assert data.prompts == PROMPTS and data.thoughts == ["", ""] and any(rollouts.thoughts)
+    assert data.mask.shape == (2, 64) and data.mask.all()
     assert torch.equal(data.image_ids, cures.encode(policy, data.images))
     assert cures.OFF.data(policy, rollouts, 4, step=0) is None
     again, other = (cure.data(policy, rollouts, 4, step) for step in (0, 1))

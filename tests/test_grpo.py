@@ -551,6 +551,13 @@ def test_a_resumed_run_has_the_same_prompts_and_reward_models(tmp_path, config, 
         run_folder.begin_log(tmp_path, 0, cfg, rewards)
 
 
+def test_runs_of_two_copies_of_the_project_have_the_same_flags(config, tmp_path):
+    cfg = config(test_prompts=str(tmp_path / "mine.txt"))
+    flags = run_folder.flags_of(cfg)
+    assert Path(cfg.prompts).is_absolute() and flags["prompts"] == "tiny_world/prompts/train.jsonl"
+    assert flags["test_prompts"] == str(tmp_path / "mine.txt")
+
+
 def test_a_password_is_not_written_down(tmp_path, config, monkeypatch):
     url = "https://me:secret@judge.example/v1"
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--judge-url", url])

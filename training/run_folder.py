@@ -232,8 +232,12 @@ def provenance(cfg):
 
 
 def flags_of(cfg):
-    """The flags as they may be written down: without passwords."""
+    """The flags as they may be written down: without passwords. A prompt file of this project goes
+    by its path inside it, so that runs made in two copies of the project have the same flags."""
     flags = asdict(cfg) | {"judge_url": [without_password(url) for url in cfg.judge_url]}
+    for name in ("prompts", "test_prompts"):
+        if flags[name] and Path(flags[name]).is_relative_to(ROOT):
+            flags[name] = str(Path(flags[name]).relative_to(ROOT))
     del flags["cures"]
     return flags | cure_flags(cfg.cures)
 
