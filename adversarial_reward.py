@@ -221,8 +221,8 @@ class Adversarial:
         """Update the discriminator on a step's rollouts, of all processes, against references of
         the same prompts. Returns metrics of the discriminator *before* it learned from these.
 
-        Half of each batch is new, half is from past steps. (The released code samples anew for each
-        of its nine updates: nine tenths of the pictures it pays for never train the policy.)"""
+        Half of each batch is new, half is from past steps. (The released code samples new pictures
+        for each of its nine updates: nine of ten pictures train the discriminator only.)"""
         rng = random.Random(f"{self.seed} {self.calls}")  # the same batches on all processes
         self.calls += 1
         prompts, images, references = self.with_references(prompts, images, rng)
@@ -239,8 +239,8 @@ class Adversarial:
         updates = self.steps if self.when == "always" or metrics["margin"] < 0 else 0
         new = list(zip(prompts, images))
         for _ in range(updates):
-            half = BATCH // 2 if self.past else BATCH
-            batch = rng.choices(new, k=half) + rng.choices(self.past or new, k=BATCH - half)
+            halves = rng.choices(new, k=BATCH // 2), rng.choices(self.past or new, k=BATCH // 2)
+            batch = sum(halves, [])
             batch_prompts, generated = zip(*batch)
             batch_prompts, generated, shown = self.with_references(batch_prompts, generated, rng)
             if not shown:
@@ -285,7 +285,7 @@ class AdversarialPickScore(Adversarial):
     needs = ("text", "references")
     checkpoint = "yuvalkirstain/PickScore_v1"
     gigabytes = 3.9
-    tiny_folder = "pickscore"
+    tiny_folder, how = "pickscore", PickScore.how
     layers = 2
 
     def build(self, folder):

@@ -46,13 +46,14 @@ from evaluation.answers import Answers
 from evaluation.best_arm import SELECT, Race, log_likelihoods
 from evaluation.labels import compare, load_examples, mistakes, with_intervals
 from evaluation.tables import interval, markdown
+from reward_models import guards
 from reward_models.judge import DEFAULT_URL, LocalJudge, ServedJudge
 from tiny_world.questions import ScriptedEditor
 from training.decode import file_digest, open_picture
 from training.files import ROOT, atomic, fingerprint, usage_error
 from training.flags import JudgeUrls
 from training.processes import bar, pick_device
-from training.records import write_jsonl
+from training.records import write_json, write_jsonl
 
 Method = Literal["full", "ucb", "successive-rejects", "successive-halving"]
 LONGEST = 1200  # characters of a question; a longer one is an essay
@@ -108,6 +109,7 @@ class CachedJudge:
         for start in bar(starts, "judging"):  # saved as it goes: a stop loses few answers
             batch = missing[start : start + 64]
             images = [self.open(examples[i]) for i in batch]
+            guards.refuse_photographs({self.name: self.judge}, images)
             for i, score in zip(batch, judge_images(self.judge, question, images)):
                 if math.isfinite(score):
                     self.memory.save(keys[i], repr(1 - score))
@@ -204,7 +206,8 @@ def expand(question, batch, judge, writer, cfg, rng, refused):
     for _ in range(cfg.gradients if wrong else 0):  # without mistakes there is nothing to ask
         mistakes = rng.sample(wrong, min(cfg.errors, len(wrong)))
         reason = writer.reason(question, mistakes, rng)
-        proposed.append((writer.rewrite(question, reason, mistakes, rng), reason))
+        rewrite = writer.rewrite(question, reason, mistakes, rng) if reason else ""
+        proposed.append((rewrite, reason))
     for text in [question, *(text for text, _ in proposed)]:
         if not refusal(text):
             proposed.append((writer.paraphrase(text, rng), "in other words"))
@@ -302,11 +305,13 @@ def main(cfg):
             cached = CachedJudge(out / "answers.sqlite", judge, name)
             writer = Writer(served, cached) if served else ScriptedEditor()
             best, tree, rounds, refused = optimize(first, data, cached, writer, how, seed, cfg)
+            print(f"  unusable proposals: {refused or 'none'}")
             calls = {"calls": len(cached.used), "asked": cached.calls}
             before, after = cached(first, data["test"]), cached(best, data["test"])  # only here
             result = {"select": how, "seed": seed, **calls, "refused": refused, "question": best}
             result |= compare(before, after, data["test"])
             folder = out / f"{how}_seed{seed}"
+            (folder / "rubric.txt").unlink(missing_ok=True)  # of an earlier search
             if cfg.rubric:
                 texts = [node["question"] for node in tree]
                 result |= rubric.learn(texts, cached, data, cfg.rubric, folder / "rubric.txt")
@@ -325,8 +330,9 @@ def main(cfg):
                 result += f" ± {width:.3f} over {len(runs)} seeds"
             print(f"{how}: {result}, {calls:.0f} judge answers a search")
     print(f"questions, histories and pages are in {out}/*/; train with one of them:")
-    question = f"{cfg.select[-1]}_seed{cfg.seeds[0]}/{'rubric' if cfg.rubric else 'question'}.txt"
-    print(f"    torchrun grpo.py --question {out}/{question}")
+    last = out / f"{cfg.select[-1]}_seed{cfg.seeds[0]}"
+    name = "rubric" if (last / "rubric.txt").is_file() else "question"
+    print(f"    torchrun grpo.py --question {last}/{name}.txt")
 
 
 # --- what a search leaves behind ----------------------------------------------------------------
@@ -341,8 +347,7 @@ def save(folder, result, tree, rounds, p_broken, examples, first):
     with atomic(folder / "question.txt") as file:
         file.write(result["question"] + "\n")
     write_jsonl(folder / "tree.jsonl", tree)
-    with atomic(folder / "result.json") as file:
-        json.dump(result | {"rounds": rounds}, file, indent=2)
+    write_json(folder / "result.json", result | {"rounds": rounds})
     history = []
     for before, line in zip([first, *(line["question"] for line in rounds)], rounds):
         row = {name: line[name] for name in ("round", "candidates")}

@@ -23,7 +23,6 @@ process or on a server, is in reward_models/judge.py.   Read next: apo.py
 
 import math
 import os
-import random
 import re
 import sys
 from dataclasses import dataclass
@@ -32,10 +31,10 @@ from typing import Annotated
 
 import torch
 import tyro
-from PIL import Image, ImageDraw
 
 from evaluation import pages
-from reward_models.judge import DEFAULT_URL, LocalJudge, ServedJudge
+from reward_models import guards
+from reward_models.judge import DEFAULT_URL, LocalJudge, ServedJudge, sanity_images
 from training.decode import open_picture
 from training.files import ROOT, atomic, usage_error
 from training.flags import JudgeUrls
@@ -71,19 +70,16 @@ def prob_no(top_logprobs):
 
     All spellings are added up. (The released code keeps one of them, the least likely.) NaN where
     they have less than MIN_SHARE together: their ratio is noise then."""
-    answers, mass = spellings(top_logprobs), {"yes": 0.0, "no": 0.0}
-    if answer_share(top_logprobs) < MIN_SHARE:
+    share = answer_share(top_logprobs)
+    if share < MIN_SHARE:
         return math.nan
-    best = max(logprob for _, logprob in answers)
-    for word, logprob in answers:
-        mass[word] += math.exp(logprob - best)
-    return mass["no"] / (mass["yes"] + mass["no"])
+    return sum(math.exp(min(p, 0.0)) for word, p in spellings(top_logprobs) if word == "no") / share
 
 
 def judge_answers(judge, question, images):
-    """(prob_no, first answer tokens) of each picture by either kind of judge. NaN where there is
-    none: for None (a damaged file), and, counted with its reason in judge.failures, for a picture
-    without an answer."""
+    """(prob_no, first answer tokens) of each picture, by either kind of judge. The first is NaN for
+    None (a damaged file), and for a picture without an answer; the reason of the latter is counted
+    in judge.failures."""
     readable, found = [image for image in images if image is not None], []
     answers = iter(judge.answers(question, readable) if readable else ())
     for image in images:
@@ -113,8 +109,8 @@ def read_question(text):
     a_path = len(words) == 1 and "?" not in question or question.endswith(".txt")
     if not words or (a_path and not is_file):
         usage_error(
-            f"--question {question[:200]!r}: no such file, and no question; write one that yes or "
-            "no answers"
+            f"--question {question[:200]!r}: an empty file, none of this name, or no question; "
+            "write one that yes or no answers"
         )
     return question.strip()
 
@@ -126,6 +122,8 @@ def parse_rubric(text):
     >>> parse_rubric("1.5 Is it torn? yes or no\\n0.5 Is it noisy? yes or no")
     [(0.75, 'Is it torn? yes or no'), (0.25, 'Is it noisy? yes or no')]"""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) > 1 and all(re.match(r"\d+\s", line) for line in lines):
+        usage_error(f"--question {text[:200]!r}: write the weights of a rubric as 1.0, not as 1")
     lines = [re.fullmatch(r"(\d*\.\d+)\s+(.+)", line) for line in lines]
     if not any(lines):
         return [(1.0, text)]
@@ -202,21 +200,6 @@ class ArtifactReward:
         )
 
 
-def sanity_images(side=256):
-    """Two pictures: a red disc and a blue square; the same with misplaced blocks and noise."""
-    clean = Image.new("RGB", (side, side), (236, 236, 236))
-    pen = ImageDraw.Draw(clean)
-    pen.ellipse([side * 0.1, side * 0.15, side * 0.5, side * 0.55], fill=(214, 40, 40))
-    pen.rectangle([side * 0.55, side * 0.5, side * 0.9, side * 0.85], fill=(40, 70, 200))
-    broken, cell, rng = clean.copy(), side // 8, random.Random(0)
-    for _ in range(24):
-        x, y, left, top = (rng.randrange(8) * cell for _ in range(4))
-        broken.paste(clean.crop((left, top, left + cell, top + cell)), (x, y))
-    noise = Image.frombytes("RGB", (side // 2, side // 2), rng.randbytes(3 * (side // 2) ** 2))
-    broken.paste(noise, (side // 4, side // 4))
-    return [clean, broken]
-
-
 # --- command line -------------------------------------------------------------------------------
 
 
@@ -231,6 +214,8 @@ class Config:
 
 
 def main(cfg):
+    if not cfg.images:
+        usage_error("name pictures: python artifact_reward.py outputs/*/samples/*.png")
     tiny = str(ROOT / "tiny_world/checkpoints/artifact")
     checkpoint = tiny if cfg.checkpoint == "tiny" else cfg.checkpoint
     source = (None if cfg.judge_url else checkpoint, cfg.judge_url, cfg.judge_model)
@@ -238,6 +223,7 @@ def main(cfg):
     rows = []
     for path in cfg.images:
         image = open_picture(path)
+        guards.refuse_photographs({"artifact": reward.judge}, [image])
         ((score, answers),) = reward.answers([image])
         print(f"{score:.4f}  {path}")
         shown = [", ".join(f"{t!r} {math.exp(p):.3f}" for t, p in answer[:6]) for answer in answers]

@@ -76,7 +76,7 @@ class Config:
 def load_rewards(cfg):
     """name -> reward, of --rewards."""
     parts = reward_lib.parse_parts(cfg.rewards)
-    reward_lib.refuse_learners([name for name, *_ in parts])
+    reward_lib.refuse_learners(reward_lib.unweighted(cfg.rewards))
     checkpoint, device = "tiny" if cfg.model == "tiny" else None, pick_device("auto")[0]
     loaded = {}
     for name, _, url in parts:
@@ -166,8 +166,10 @@ def evaluate_folder(cfg):
         usage_error(f"--strict: {len(missing)} prompts have no picture, such as {missing[0]['id']}")
     if cfg.wise:
         return evaluate_wise(cfg, matched)
-    output = Path(cfg.output or f"{Path(cfg.images)}-scores-{cfg.model}.jsonl")
+    output = Path(cfg.output or f"{Path(cfg.images).resolve()}-scores-{cfg.model}.jsonl")
     known, rewards = read_jsonl(output) if output.is_file() else [], load_rewards(cfg)
+    if not all({"path", "sha256", "prompt"} <= record.keys() for record in known):
+        usage_error(f"--output {output}: there is another file of this name; give another name")
 
     def save(records):  # earlier scores of other pictures stay in the file
         new = {record["path"] for record in records}
@@ -187,7 +189,8 @@ def evaluate_folder(cfg):
 
 def evaluate_wise(cfg, matched):
     judge = ServedJudge(cfg.judge_url or (DEFAULT_URL,))
-    output = Path(cfg.output or f"{Path(cfg.images)}-wise-{cfg.wise}_scores_results.jsonl")
+    default = f"{Path(cfg.images).resolve()}-wise-{cfg.wise}_scores_results.jsonl"
+    output = Path(cfg.output or default)
     known = read_jsonl(output) if output.is_file() else []
     save = functools.partial(write_jsonl, output)
     save(wise.judge_folder(judge, cfg.wise, matched, known, save))

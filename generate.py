@@ -17,8 +17,8 @@ Run:   python generate.py "a red circle left of a blue square"
        python generate.py --model deepseek-community/Janus-Pro-1B "a corgi reading a newspaper"
        python generate.py --model Qwen/Qwen-Image --prompts FILE --output-dir FOLDER
 
-You should see:  the thought for each picture, and outputs/00000/samples/0000.png (GenEval's layout)
-with one line for each picture in outputs/manifest.jsonl.
+You should see:  the thoughts of up to eight pictures, and outputs/00000/samples/0000.png (GenEval's
+layout) with one line for each picture, its thought included, in outputs/manifest.jsonl.
 
 Left out: image understanding (Janus' other half), top-k (samples and log-probabilities would
 then be of different distributions).   Read next: rewards.py
@@ -33,7 +33,7 @@ import torch
 import tyro
 from PIL import Image
 
-from evaluation.exports import PICTURES, export
+from evaluation.exports import PICTURES, check_layout, export
 from training import cuda_graph
 from training.files import fingerprint, usage_error
 from training.pictures import write_pictures
@@ -270,9 +270,8 @@ def think_and_draw(policy, keys, prompts, uniform, cot, cfg_weight, max_thought)
         if cot:
             ids, mask = thought_context(policy, prompts)
             embed = lambda token: policy.embed_text(token[:, None])
-            lm_head = policy.model.lm_head
             u = uniform[:, :max_thought]
-            thought_ids = sample_tokens(policy, ids, mask, u, embed, lm_head, eos)
+            thought_ids = sample_tokens(policy, ids, mask, u, embed, policy.model.lm_head, eos)
         # Everything up to and including the first end of sentence was sampled; padding was not.
         ended = (thought_ids == eos).long()
         thought_mask = ended.cumsum(1) - ended == 0
@@ -347,10 +346,10 @@ def teacher_forced_hidden(policy, context, mask, continuation, continuation_mask
     return forward(policy, x, causal_mask(mask), positions)[:, -n:]
 
 
-def logprobs(policy, rollouts, cfg_weight=1.0, read=gather_logprobs):
+def logprobs(policy, rollouts, cfg_weight, read=gather_logprobs):
     """log pi(token | what came before) of exactly the tokens of these rollouts, differentiable.
 
-    Returns (N, C+T) float32: the thought's tokens, then the picture's; valid where rollouts.mask.
+    Returns (N, C+T) float32: the thought's tokens, then the picture's; 0 where not rollouts.mask.
     cfg_weight is that of the distribution: the sampler's own for on-policy learning; 1 for
     the conditional branch alone, as T2I-R1 released it (see grpo.py, --guidance). read: what is
     wanted of each token's logits; `entropies` for something else than log-probabilities."""
@@ -372,7 +371,8 @@ def token_logprobs(policy, rollouts, cfg_weight, read):
         hidden = teacher_forced_hidden(policy, policy.embed_text(ids), mask, picture)
         logits = image_logits(policy, hidden, cfg_weight)
         parts.append(read(logits, rollouts.image_ids))
-    return torch.cat(parts, 1)
+    found, mask = torch.cat(parts, 1), rollouts.mask  # exp of padding could be infinite
+    return torch.where(mask if found.ndim == 2 else mask[..., None], found, 0.0)
 
 
 # --- command line -------------------------------------------------------------------------------
@@ -422,10 +422,11 @@ def main(cfg):
     batch_size = 1 if cfg.batch_size is None else cfg.batch_size
     if min(num_images, batch_size, 1 if cfg.max_thought is None else cfg.max_thought) < 1:
         usage_error("--num-images, --batch-size and --max-thought must be 1 or more")
-    if cfg.limit < 0:
-        usage_error(f"--limit {cfg.limit}: the number of prompts; 0 for all")
+    if cfg.limit < 0 or not 0 <= (cfg.cfg_weight or 0) < float("inf"):
+        usage_error(f"--limit {cfg.limit}, --cfg-weight {cfg.cfg_weight}: must be 0 or greater")
     rows = [{"id": "0", "prompt": cfg.prompt, "tag": ""}]
     rows = (load_prompts(cfg.prompts) if cfg.prompts else rows)[: cfg.limit or None]
+    check_layout(rows, cfg.layout, num_images)
     device, dtype = pick_device(cfg.device, cfg.dtype)
     weight, sample_batch = cfg.cfg_weight, None
     if cfg.model != "tiny":
@@ -440,7 +441,7 @@ def main(cfg):
         rows, sample_batch, settings, cfg.output_dir, num_images, batch_size, cfg.overwrite
     )
     if cfg.layout != "geneval":
-        out = f"{Path(cfg.output_dir)}-{cfg.layout}"
+        out = f"{Path(cfg.output_dir).resolve()}-{cfg.layout}"
         made = export(cfg.output_dir, cfg.layout, out, Path(cfg.prompts).stem)
         print(f"the same as {made} files for the official scorer, in {out}/")
 

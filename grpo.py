@@ -1,7 +1,8 @@
 """GRPO for text-to-image: reinforcement learning on pictures, and how it goes wrong.
 
-For each prompt the policy samples a group of G pictures. A reward model scores them. Pictures above
-the mean of their group become more likely, those below less likely. There is no value network: the
+The policy is the model that is trained. For each prompt it writes a group of G rollouts, each a
+thought (a short text) and then a picture. A reward model scores the pictures. Rollouts above the
+mean of their group become more likely, those below less likely. There is no value network: the
 group is the baseline. One advantage trains both the thought and the picture (BiCoT-GRPO, T2I-R1,
 arXiv:2505.00703):
 
@@ -15,7 +16,7 @@ difference, `--rewards` train the policy, `--eval-rewards` are held out, and no 
 Run:   torchrun grpo.py --rewards hps,artifact    the tiny world: minutes on two CPU cores
        torchrun grpo.py --rewards hps             without the cure: gold rises, then falls
        torchrun grpo.py --rewards noise           the control: what moves here is drift
-       torchrun --nproc-per-node 8 grpo.py --model deepseek-community/Janus-Pro-1B
+       torchrun grpo.py --model deepseek-community/Janus-Pro-1B    GPUs; flags: docs/gpus.md
 
 You should see:  a progress bar with the rewards; every 10 steps a line with test scores, where hps
 rises, and gold, too; at the end runs/<name>/hacking.png and report.html.
@@ -73,11 +74,11 @@ class Config:
     world_size: int = 0  # dry run: number of processes [as many as there are]
     gpu_memory: float = 80  # dry run: GB of each GPU
     device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic, not of the weights
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of arithmetic and frozen weights
     judge_url: JudgeUrls = ()  # judge server; again for more [tiny: in-process; else port 8000]
     judge_model: str | None = None  # the served model's name [the first that is served]
-    references: str | None = None  # reward adversarial: reference pictures [tiny: drawn]
-    adversary_steps: int = 4  # reward adversarial: discriminator updates for each policy update
+    references: str | None = None  # pictures for adversarial and --cures.data-weight [tiny: drawn]
+    adversary_steps: int = 4  # reward adversarial: discriminator updates in each step
     adversary_update: Literal["always", "beaten"] = "always"  # beaten: only while D is fooled
     question: str | None = None  # for the judge: a text or a file, as apo.py writes [its own]
     max_failures: float = 0.5  # stop when a larger share of a step's rollouts has no score
@@ -125,9 +126,9 @@ def group_advantages(total_N, group_size, divide="group"):
     """Rewards -> advantages (N,), group by group. A NaN reward gets 0 and does not move the mean.
 
     Per group and not per batch: an easy prompt must not make every picture of a hard one look bad.
-    The standard deviation divides by n - 1, as released (T2I-R1 grpo_trainer.py:743). It inflates
-    nearly tied groups (Dr. GRPO, arXiv:2503.20783). "best": 1 for the best picture of the group, 0
-    for the others: the loss is -log of the likelihood of the best of G (RAFT, arXiv:2304.06767)."""
+    The standard deviation has n - 1, as released (T2I-R1 grpo_trainer.py:743). Dividing by it
+    inflates nearly tied groups (Dr. GRPO, arXiv:2503.20783). "best": 1 for the best picture of the
+    group, 0 for the others: the gradient of -log of its likelihood (RAFT, arXiv:2304.06767)."""
     reward = total_N.view(-1, group_size)
     known = reward.isfinite()
     count = known.sum(1, keepdim=True)
@@ -162,9 +163,9 @@ def kl_k3(logprobs, reference_logprobs):
 
 
 def grpo_loss(logprobs_NS, old_NS, reference_NS, advantages_N, mask_NS, beta, epsilon, eps_high):
-    """Loss of each token (N, S), not averaged yet. With one update per rollout old == logprobs in
-    value: the ratio is 1, and its gradient is that of the log-probability (REINFORCE with a
-    baseline)."""
+    """Loss of each token (N, S), not averaged yet. In the first update old_NS has the values of
+    logprobs_NS, so the ratio is 1. Only logprobs_NS has a gradient: the loss' is that of -A log pi,
+    the plain policy gradient with the group's mean as baseline (REINFORCE)."""
     ratio = (logprobs_NS - old_NS).exp()
     advantage = advantages_N[:, None]
     clipped = ratio.clamp(1 - epsilon, 1 + eps_high)
@@ -206,12 +207,14 @@ def micro_batches(rollouts, cfg):
 
 @torch.no_grad()
 def all_logprobs(policy, rollouts, cfg, read=generate.gather_logprobs):
+    """generate.logprobs without gradients, in micro-batches: (N, S), or more by `read`."""
     weight = guidance_weights(cfg, policy)[1]
     parts = (rollouts[b] for b in micro_batches(rollouts, cfg))
     return torch.cat([generate.logprobs(policy, part, weight, read) for part in parts])
 
 
 def reference_logprobs(policy, reference, rollouts, cfg):
+    """(N, S): the same tokens under the policy that training started from."""
     with sharding.as_reference(policy, reference) as original:
         return all_logprobs(original, rollouts, cfg)
 
@@ -220,9 +223,9 @@ def reference_logprobs(policy, reference, rollouts, cfg):
 
 
 def compute_gradient(policy, reference_NS, rollouts, advantages, betas, old, tokens, cfg, data):
-    """The gradient of the loss, a mean over the tokens of all processes (DAPO; in T2I-R1 a mean per
-    process, where a token beside long thoughts counts less). old: log pi_old of each micro-batch;
-    filled if empty. Returns this process' loss and number of tokens out of the clip range."""
+    """The gradient of the loss, a mean over the tokens of all processes (DAPO; T2I-R1: of each
+    process apart). old: a list; the first call fills it with log pi_old of each micro-batch.
+    Returns this process' part of the loss, and how many of its ratios are out of the clip range."""
     mask, cfg_weight = rollouts.mask, guidance_weights(cfg, policy)[1]
     loss_sum, clipped = 0.0, 0
     policy.model.zero_grad()
@@ -252,13 +255,10 @@ def compute_gradient(policy, reference_NS, rollouts, advantages, betas, old, tok
     return loss_sum, clipped
 
 
-def update_policy(
-    policy, reference_NS, optimizer, rollouts, advantages, cfg, betas=None, data=None
-):
-    """Updates on these rollouts; returns metrics. betas: the weight of the KL for each rollout, if
-    it is not the same for all; data: rollouts of reference pictures (training/cures.py)."""
+def update_policy(policy, reference_NS, optimizer, rollouts, advantages, betas, cfg, data=None):
+    """Updates on these rollouts; returns metrics. betas: (N,), the weight of each rollout's KL.
+    data: rollouts of reference pictures (training/cures.py)."""
     mask = rollouts.mask
-    betas = torch.full((len(rollouts),), cfg.beta) if betas is None else betas
     weights = advantages.to(mask.device), betas.to(mask.device)[:, None]
     (tokens,) = processes.sum_over_processes([mask.sum().item()])
     old, results, gamma = [], [], cfg.cures.gradient_penalty
@@ -276,15 +276,16 @@ def update_policy(
     old_NS, T = torch.cat(old), rollouts.image_ids.shape[1]
     per_token = (kl_k3(old_NS, reference_NS), -old_NS)  # the mean of -old_NS is the entropy
     kl, surprise = (torch.where(mask, values, 0.0) for values in per_token)
-    parts = [kl.sum().item(), len(rollouts), surprise.sum().item(), surprise[:, -T:].sum().item()]
-    sums = processes.sum_over_processes([loss, clipped / tokens, *parts])
+    parts = [len(rollouts), kl.sum().item(), surprise.sum().item(), surprise[:, -T:].sum().item()]
+    sums = processes.sum_over_processes([loss, clipped, *parts])
+    loss, clipped, N, kl, surprise, surprise_of_pictures = sums
     return {
-        "loss": sums[0] / len(results),
-        "clip_ratio": sums[1] / len(results),
-        "kl": sums[2] / sums[3],  # nats per rollout, of the policy that sampled: before the update
-        "kl_per_token": sums[2] / tokens,
-        "entropy": sums[4] / tokens,  # nats per token; with guidance="cond" a cross-entropy
-        "entropy/picture": sums[5] / (sums[3] * T),  # of the picture's tokens alone
+        "loss": loss / len(results),
+        "clip_ratio": clipped / tokens / len(results),
+        "kl": kl / N,  # nats per rollout, of the policy that sampled: before the update
+        "kl_per_token": kl / tokens,
+        "entropy": surprise / tokens,  # nats per token; with guidance="cond" a cross-entropy
+        "entropy/picture": surprise_of_pictures / (N * T),  # of the picture's tokens alone
         "grad_norm": norm.item(),
         "skipped": int(not norm.isfinite()),
         "learning_rate": optimizer.param_groups[0]["lr"],
@@ -317,9 +318,9 @@ def train_step(policy, reference, rewards, optimizer, rollouts, rows, step, cfg,
         advantages = advantages * pareto_front(scores, rewards.weights, G)
     advantages = cure.advantages(advantages, rollouts.images, G)
     optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
-    parts = (policy, reference_NS, optimizer, rollouts, advantages, cfg)
     betas = cure.betas(cfg.beta, total, heldout_scores, G)
-    metrics |= update_policy(*parts, betas, cure.data(policy, rollouts, G, step))
+    parts = (policy, reference_NS, optimizer, rollouts, advantages, betas, cfg)
+    metrics |= update_policy(*parts, cure.data(policy, rollouts, G, step))
     cure.after_step(policy, step + 1)
     clock("update")
     return scores | heldout_scores | {"total": total, "advantage": advantages}, metrics
@@ -330,7 +331,7 @@ def train_step(policy, reference, rewards, optimizer, rollouts, rows, step, cfg,
 
 def evaluate_policy(policy, reference, rewards, rows, cfg):
     """Score the policy on test prompts, with the same random numbers each time, so that two tests
-    differ by the policy alone. Returns (records, pictures) of all processes, in order."""
+    differ only by what has learned. Returns (records, pictures) of all processes, in order."""
     jobs = [(j % len(rows), j // len(rows)) for j in range(cfg.eval_images)]
     jobs = jobs[processes.rank() :: processes.world_size()]
     results = []
@@ -349,8 +350,8 @@ def evaluate_policy(policy, reference, rewards, rows, cfg):
 
 
 def best_of_n_pool(policy, reference, rewards, rows, cfg):
-    """Records of `best_of` pictures of the base policy for each of 40 test prompts. Best-of-n takes
-    the same rewards, but chooses among pictures like those that the rewards were trained on."""
+    """Records of `best_of` pictures of the base policy for each of 40 test prompts. Choosing the
+    best raises the reward without training, with pictures like those that it was fitted to."""
     pool, n = [], cfg.best_of
     mine = range(processes.rank(), min(40, len(rows)), processes.world_size())
     for i in processes.bar(mine, "best of n"):
@@ -412,7 +413,7 @@ def main(cfg):
     log, stop = Log(cfg, folder, run.step, rewards), stopping.StopSignal()
 
     def test():
-        with sharding.unsharded(policy, reference), cure.tested(policy):
+        with stopping.rescued(), sharding.unsharded(policy, reference), cure.tested(policy):
             log.test(run.step, *evaluate_policy(policy, reference, rewards, test_rows, cfg))
 
     if run.step == 0:

@@ -1,6 +1,6 @@
 """Every reward and every metric, in one dictionary, behind one calling convention.
 
-    reward = rewards.load("hps")
+    reward = rewards.load("hps", checkpoint="tiny")
     scores = reward(prompts, images, metadata)    # (N,) float32, higher is better, NaN = no score
 
 A reward model measures what it was trained on, and little else. HPS was fitted to choices between
@@ -28,7 +28,6 @@ import math
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -46,7 +45,7 @@ from reward_models.image_statistics import STATISTICS, Jpeg, Noise
 from reward_models.imagereward import ImageReward
 from reward_models.llava import ORM, Unified
 from reward_models.maniqa import MANIQAReward
-from reward_models.serving import DeQA, RemoteReward, announce, serve
+from reward_models.serving import DeQA, RemoteReward, serve_forever
 from reward_models.vqascore import VQAScore
 from tiny_world.gold import Gold, GoldAligned, GoldClean
 from training import waiting
@@ -86,7 +85,7 @@ def load(name, device="cpu", checkpoint=None, url=None, **options):
     """The reward of that name.
 
     checkpoint: None = the published one, "tiny" = ours, or a folder. url: the reward is served
-    there (`rewards.py serve`). options: those of the class. Wrong input: exit code 2."""
+    there (`rewards.py serve`), with its options. options: the class'. Wrong input: exit code 2."""
     if name not in REWARDS:
         usage_error(f"unknown reward {name!r}; known are {', '.join(REWARDS)}")
     if url:
@@ -106,9 +105,7 @@ def load(name, device="cpu", checkpoint=None, url=None, **options):
     if getattr(reward, "remote", False):  # a judge on a server does not use it
         checkpoint = None
     reward.identity = guards.identity(reward, name, checkpoint)
-    # Ours may also be named by its folder.
-    tiny = ROOT / "tiny_world/checkpoints" in Path(checkpoint or "").resolve().parents
-    reward.tiny = tiny and bool(kind.checkpoint)
+    reward.tiny = bool(kind.checkpoint) and guards.is_tiny(checkpoint)
     return reward
 
 
@@ -118,6 +115,14 @@ def load(name, device="cpu", checkpoint=None, url=None, **options):
 def parse(text):
     """ "hps:1,artifact:0.5" -> {"hps": 1.0, "artifact": 0.5}. Wrong input: exit code 2."""
     return {name: weight for name, weight, _ in parse_parts(text)}
+
+
+def unweighted(text):
+    """The names alone, where a weight has no meaning. Wrong input: exit code 2."""
+    for name, weight in parse(text).items():
+        if weight != 1:
+            usage_error(f"{name}:{weight:g}: only --rewards of grpo.py has weights; drop it here")
+    return list(parse(text))
 
 
 def addresses(text):
@@ -169,7 +174,7 @@ def learns(reward):
 def check_roles(training, heldout, how):
     """The flags --rewards, --eval-rewards and --combine of grpo.py -> (name -> weight, held-out
     names). A reward has one role: what is trained on is no evidence. Wrong input: exit code 2."""
-    weights, heldout = parse(training), list(parse(heldout))
+    weights, heldout = parse(training), unweighted(heldout)
     if not weights:
         usage_error("--rewards is empty; name at least one, such as hps,artifact")
     both = ", ".join(weights.keys() & set(heldout))
@@ -197,7 +202,7 @@ def check_roles(training, heldout, how):
     if weighted and how in ("mean", "min", "uwo", "constrained"):
         usage_error(
             f"--combine {how} uses no weights, and --rewards has {', '.join(weighted)}; drop the "
-            "weights, or use --combine sum, normalized or pareto"
+            "weights, or use --combine sum, normalized, pareto, winrate or quantized"
         )
     return weights, heldout
 
@@ -214,7 +219,8 @@ class Rewards:
         self.multipliers = {name: 1.0 for name in list(weights)[1:]}
 
     def update_multipliers(self, records, how, floor, rate=0.1):
-        """combine=constrained: one step of dual ascent on the scores of a step,
+        """combine=constrained: lambda_k, the weight of reward k, rises if its mean over a step is
+        below the floor, and falls if it is above (dual ascent on a Lagrange multiplier):
         lambda_k <- [lambda_k + rate (floor - mean r_k)]_+."""
         for name, value in self.multipliers.items() if how == "constrained" else ():
             mean = float(torch.tensor([record[name] for record in records]).nanmean())
@@ -237,6 +243,9 @@ def load_all(cfg, weights, heldout, rows):
     judge = {"judge_urls": cfg.judge_url, "judge_model": cfg.judge_model, "question": cfg.question}
     options = {"artifact": judge, "adversarial": adversary, "adversarial-pickscore": adversary}
     urls = addresses(cfg.rewards) | addresses(cfg.eval_rewards)
+    asked = "artifact" in [*weights, *heldout] and "artifact" not in urls
+    if not asked and (cfg.question or cfg.judge_url or cfg.judge_model):
+        usage_error("--question, --judge-url, --judge-model: no reward `artifact` here uses them")
     device, loaded = pick_device(cfg.device)[0], {}
     checkpoint, prompts = "tiny" if cfg.model == "tiny" else None, [row["prompt"] for row in rows]
     for name in [*weights, *heldout]:
@@ -279,7 +288,7 @@ def score(rewards, prompts, images, metadata=None):
 
 
 def score_opened(rewards, prompts, images, metadata=None):
-    """`score` for what open_picture gave: NaN from all rewards for None, a damaged file."""
+    """As `score`, but an image may be None, a damaged file: NaN from all rewards."""
     good, scores = [i for i, image in enumerate(images) if image is not None], {}
     guards.refuse_photographs(rewards, [images[i] for i in good])
     parts = [values and [values[i] for i in good] for values in (prompts, images, metadata)]
@@ -295,8 +304,8 @@ def score_opened(rewards, prompts, images, metadata=None):
 
 
 def standardize(values_NK, group_size):
-    """z-scores within each group of rows, (N, K), without the NaNs; n - 1 in the standard deviation
-    and 1e-4 added to it, as for advantages in T2I-R1."""
+    """z-scores within each group of rows, (N, K). NaN stays NaN, and counts neither in the mean nor
+    in the standard deviation, which has n - 1 and 1e-4 added, as for advantages in T2I-R1."""
     groups = values_NK.view(-1, group_size, values_NK.shape[-1])
     known = groups.isfinite()
     count = known.sum(1, keepdim=True)
@@ -341,9 +350,7 @@ def combine(scores, weights, group_size, how="sum", multipliers=None):
         return (z * weight).sum(1)
     if how == "min":
         return z.min(1).values
-    if how == "mean":
-        return z.mean(1)
-    return z.mean(1) - 0.5 * z.var(1, correction=0)  # uwo
+    return z.mean(1) - 0.5 * z.var(1, correction=0) * (how == "uwo")
 
 
 # --- command line -------------------------------------------------------------------------------
@@ -389,6 +396,15 @@ def score_files(loaded, files, prompt):
     return rows
 
 
+def serve_reward(cfg, name, url, device, checkpoint):
+    if REWARDS[name].checkpoint and not (cfg.model or cfg.checkpoint):
+        usage_error(
+            f"serve {cfg.reward}: which weights? --model real (the published ones), --model tiny "
+            "(those of the tiny world) or --checkpoint FOLDER"
+        )
+    serve_forever(name, lambda: load(name, device, checkpoint, url), cfg.port, cfg.host, cfg.token)
+
+
 def main(cfg):
     if cfg.list or not cfg.command:
         return print(markdown(overview(cfg.verbose)))
@@ -402,21 +418,12 @@ def main(cfg):
     reads = [name for name, *_ in parts if "text" in REWARDS[name].needs]
     if cfg.command == "score" and reads and not cfg.prompt:
         usage_error(f'{reads[0]} compares the picture with its prompt; give --prompt "a red star"')
-    if cfg.command == "serve" and not (cfg.model or cfg.checkpoint):
-        usage_error(
-            f"serve {cfg.reward}: which weights? --model real (the published ones), --model tiny "
-            "(those of the tiny world) or --checkpoint FOLDER"
-        )
-    if cfg.command == "serve":  # a taken port is found before the model is loaded
-        serve(parts[0][0], None, cfg.port, cfg.host, cfg.token).server_close()
     checkpoint = cfg.checkpoint or (None if cfg.model == "real" else "tiny")
     device = pick_device("auto")[0]
-    loaded = {name: load(name, device, checkpoint, url) for name, _, url in parts}
     if cfg.command == "serve":
-        ((name, reward),) = loaded.items()
-        server = serve(name, reward, cfg.port, cfg.host, cfg.token)
-        announce(name, cfg.host, server.server_port, cfg.token)
-        return server.serve_forever()
+        return serve_reward(cfg, parts[0][0], parts[0][2], device, checkpoint)
+    unweighted(cfg.reward)
+    loaded = {name: load(name, device, checkpoint, url) for name, _, url in parts}
     rows = score_files(loaded, cfg.files, cfg.prompt)
     print(markdown(rows))
     sys.exit(3 if any(math.isnan(row[name]) for row in rows for name in loaded) else 0)

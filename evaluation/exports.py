@@ -62,6 +62,13 @@ def export(root, layout, out, style="photo"):
     return len(make)
 
 
+def check_layout(rows, layout, num_images):
+    """Refuse, before anything is drawn, prompts and numbers that cannot be exported."""
+    if layout == "dpg" and num_images < 4:
+        usage_error(f"--layout dpg tiles four pictures of a prompt, not --num-images {num_images}")
+    check_names([[row] for row in rows], layout)
+
+
 def check_names(groups, layout):
     """Refuse prompts or ids that cannot be file names, before any file is written. T2I-CompBench's
     scorer ends the prompt at the first underscore, DPG-Bench's the id at the first dot."""

@@ -101,7 +101,7 @@ class HPS(Clip):
     gigabytes = 3.9
     reference = "HPSv2, arXiv:2306.09341"
     file = "HPS_v2.1_compressed.pt"
-    how = f"hf download {checkpoint} {file} && hf download {CLIP_H} *.json merges.txt"
+    how = f"hf download {checkpoint} {file} && hf download {CLIP_H} '*.json' merges.txt"
     make_square = staticmethod(pixels.fit_in_square)
 
     def __init__(self, device="cpu", checkpoint=None):
@@ -124,6 +124,7 @@ class PickScore(Clip):
     checkpoint = "yuvalkirstain/PickScore_v1"
     gigabytes = 3.9
     reference = "PickScore, arXiv:2305.01569"
+    how = f"hf download {checkpoint} && hf download {CLIP_H} '*.json' merges.txt"
 
     def __init__(self, device="cpu", checkpoint=None):
         folder = checkpoint or self.checkpoint
@@ -148,7 +149,8 @@ class Aesthetic(Clip):
     reference = "github.com/LAION-AI/aesthetic-predictor"
     make_square = staticmethod(functools.partial(pixels.crop_to_square, halve=round))
     file = "sa_0_4_vit_l_14_linear.pth"
-    how = f"curl -LO https://github.com/LAION-AI/aesthetic-predictor/raw/main/{file}"
+    how = f"hf download {checkpoint} && "
+    how += f"curl -LO https://github.com/LAION-AI/aesthetic-predictor/raw/main/{file}"
 
     def __init__(self, device="cpu", checkpoint=None):
         self.downloaded = head = Path(checkpoint or ".") / self.file

@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from reward_models.serving import DeQA, announce, serve
+from reward_models.serving import DeQA, serve_forever
 
 
 def main():
@@ -36,9 +36,8 @@ def main():
     flags.add_argument("--host", default="127.0.0.1", help="0.0.0.0 accepts other machines")
     flags.add_argument("--token", default="", help="answer only those who send this word")
     cfg = flags.parse_args()
-    server = serve("deqa", DeQA(cfg.device, cfg.checkpoint), cfg.port, cfg.host, cfg.token)
-    announce("deqa", cfg.host, server.server_port, cfg.token)
-    server.serve_forever()
+    load = lambda: DeQA(cfg.device, cfg.checkpoint)
+    serve_forever("deqa", load, cfg.port, cfg.host, cfg.token)
 
 
 if __name__ == "__main__":

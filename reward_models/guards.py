@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from training.files import fingerprint, usage_error
+from training.files import ROOT, fingerprint, usage_error
 
 
 def identity(reward, name, checkpoint):
@@ -61,13 +61,18 @@ def say_cut(rewards, prompts):
             print(f"{name} reads the first {length} tokens of a prompt; {which}", file=sys.stderr)
 
 
+def is_tiny(checkpoint):
+    """Is this a shipped checkpoint of the tiny world? It may be named by its folder."""
+    return ROOT / "tiny_world/checkpoints" in Path(checkpoint or "").resolve().parents
+
+
 def refuse_photographs(rewards, images):
     """Exit code 2 if a tiny reward model is to score what is not of the tiny world: it would give a
-    number, which means nothing."""
-    side = max((max(image.size) for image in images), default=0)
+    number, which means nothing. An image that is None, a damaged file, does not count."""
+    side = max((max(image.size) for image in images if image is not None), default=0)
     tiny = ", ".join(name for name, reward in rewards.items() if getattr(reward, "tiny", False))
     if tiny and side > 64:
         usage_error(
             f"{tiny}: the checkpoint of the tiny world knows pictures of 32 x 32, these have "
-            f"{side} pixels; use --model real, or a --checkpoint of your own"
+            f"{side} pixels; use --model real, a --checkpoint of your own, or --judge-url"
         )

@@ -10,13 +10,16 @@ import functools
 import itertools
 import math
 import os
+import random
 import sys
 import threading
 import time
 
 import openai
 import torch
+from PIL import Image, ImageDraw
 
+from reward_models.guards import is_tiny
 from reward_models.pixels import data_url
 from training import waiting
 from training.decode import BadPicture, to_rgb
@@ -45,6 +48,7 @@ class LocalJudge:
         self.tokenizer = load_part(AutoTokenizer, checkpoint)
         self.processor = load_part(pil.Qwen2VLImageProcessorPil, checkpoint)
         self.failures = collections.Counter()
+        self.tiny = is_tiny(checkpoint)
 
     def chat_prompt(self, question, patches):
         """The chat template with a question and a picture, as text."""
@@ -220,3 +224,18 @@ def passes(problem):
     """Is the server away, or busy, and the request itself not at fault?"""
     away = isinstance(problem, openai.APIConnectionError)
     return away or getattr(problem, "status_code", 0) in (429, 502, 503, 504)
+
+
+def sanity_images(side=256):
+    """Two pictures: a red disc and a blue square; the same with misplaced blocks and noise."""
+    clean = Image.new("RGB", (side, side), (236, 236, 236))
+    pen = ImageDraw.Draw(clean)
+    pen.ellipse([side * 0.1, side * 0.15, side * 0.5, side * 0.55], fill=(214, 40, 40))
+    pen.rectangle([side * 0.55, side * 0.5, side * 0.9, side * 0.85], fill=(40, 70, 200))
+    broken, cell, rng = clean.copy(), side // 8, random.Random(0)
+    for _ in range(24):
+        x, y, left, top = (rng.randrange(8) * cell for _ in range(4))
+        broken.paste(clean.crop((left, top, left + cell, top + cell)), (x, y))
+    noise = Image.frombytes("RGB", (side // 2, side // 2), rng.randbytes(3 * (side // 2) ** 2))
+    broken.paste(noise, (side // 4, side // 4))
+    return [clean, broken]

@@ -279,6 +279,14 @@ def serve(name, reward, port, host="127.0.0.1", token=""):
         usage_error(f"--host {host} --port {port}: {problem}; give another --port")
 
 
+def serve_forever(name, load, port, host, token):
+    """Serve the reward that load() returns. A taken port is found before it is loaded."""
+    serve(name, None, port, host, token).server_close()
+    server = serve(name, load(), port, host, token)
+    announce(name, host, server.server_port, token)
+    server.serve_forever()
+
+
 def announce(name, host, port, token):
     """Say how a served reward is used, and who can use it."""
     open_to_all = host in ("0.0.0.0", "::")

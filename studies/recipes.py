@@ -50,7 +50,7 @@ NODES = "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpo
 NODES += " --max-restarts 3 grpo.py"
 
 ONE = "CUDA_VISIBLE_DEVICES=0 torchrun grpo.py"
-SHARDED = "--shard --gradient-checkpointing --micro-batch 4"
+SHARDED = "--shard --gradient-checkpointing --micro-batch 4 --rollout-batch 16 --save-steps 100"
 
 RECIPES = [
     Recipe("1B, two GPUs of 24 GB", 24, judge_command(1, 0.92), f"{ONE} {SMALL}"),
@@ -59,7 +59,8 @@ RECIPES = [
         "1B, eight of 80 GB",
         80,
         judge_command(7, 0.9),
-        f"{SEVEN} {MODEL}-1B --gradient-checkpointing --prompts-per-step 14 --micro-batch 8",
+        f"{SEVEN} {MODEL}-1B --gradient-checkpointing --prompts-per-step 14 --micro-batch 8 "
+        "--rollout-batch 16",
     ),
     Recipe(
         "7B, eight of 80 GB",

@@ -207,7 +207,7 @@ def parts(vllm, device="cpu"):
          f"{grpo} {one} {SMALL} {P1} {remote} --run-name served", serve),
         ("adversarial", "HPS and DINOv2-base, which learns", f"{grpo} {one} {SMALL} {P1} --rewards "
          "hps,adversarial --combine normalized --references pictures --run-name adversarial", ""),
-        ("trained", "generate.py with the trained policy", "generate.py --model runs/shard "
+        ("trained", "generate.py with the trained policy", "generate.py --model runs/full "
          "--prompts prompts.txt --num-images 1 --max-thought 12 --output-dir trained --device cpu",
          ""),
         ("evaluate", "evaluate.py --images", "evaluate.py --images trained --prompts prompts.txt "

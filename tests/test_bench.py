@@ -17,7 +17,7 @@ def test_the_plain_algorithm_scores_what_ours_scores(policy):
     tokens = (rollouts.thought_ids, rollouts.image_ids)
     with torch.no_grad():
         plain = bench.plain_logprobs(policy, rollouts.prompts, rollouts.thoughts, *tokens)
-        ours = generate.logprobs(policy, rollouts)
+        ours = generate.logprobs(policy, rollouts, 1.0)
     assert torch.allclose(plain[rollouts.mask], ours[rollouts.mask], atol=1e-4)
 
 
@@ -50,6 +50,17 @@ def test_a_round_of_the_benchmark_leaves_the_policy_as_it_was(monkeypatch):
     monkeypatch.setattr(bench, "our_step", step)
     bench.step_table(8, 1)
     assert unchanged == [True, True]  # the warm-up and one round
+
+
+def test_a_janus_of_random_weights_is_sampled_by_all_contenders(monkeypatch):
+    """In bfloat16, with the image head in float32, as load_policy leaves it."""
+    small = janus_config("tiny")
+    monkeypatch.setattr(bench, "janus_config", lambda name: small)
+    monkeypatch.setattr(bench, "pick_device", lambda device: ("cpu", torch.bfloat16))
+    policy = bench.load("Janus-Pro-1B")
+    assert policy.language_model.dtype == torch.bfloat16
+    rows = bench.sampling_table(policy, ["a red star"] * 2, 1, 4800)
+    assert [row["tokens/s"] > 0 for row in rows] == [True] * 4
 
 
 def test_the_roofline_of_janus_pro_1b_is_that_of_a_pocket_calculator():

@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import generate
+import grpo
 from training import cuda_graph
+from training.policy import trainable
 
 PROMPTS = ["a red circle", "three blue crosses", "a cross and a star"]
 KEYS = [(5, 0, i, 0) for i in range(len(PROMPTS))]
@@ -99,6 +101,24 @@ def test_a_recorded_step_gives_the_same_tokens(policy, use_the_loop_for_gpus, cf
     assert same(generate.sample(policy, PROMPTS, KEYS, cfg_weight=cfg_weight), plain)
     # Eight graphs for pictures, and as many as they need for thoughts.
     assert len(recorded) > 8 and min(recorded) > 100
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_graph_on_a_gpu_draws_what_the_unrecorded_loop_draws(config, monkeypatch, lora_rank):
+    """Also after an update: autocast's rounded copies of the trained weights are made anew."""
+    cfg = config(device="cuda", dtype="bfloat16", lora_rank=lora_rank)
+    policy, _ = grpo.load_policies(cfg)
+    optimizer, drawn = torch.optim.SGD(trainable(policy), lr=1e-3), []
+    for _ in range(2):
+        drawn.append(generate.sample(policy, PROMPTS, KEYS, cfg_weight=5.0))
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda_graph, "capture", lambda step: step)
+            again = generate.sample(policy, PROMPTS, KEYS, cfg_weight=5.0)
+        assert same(drawn[-1], again)
+        generate.logprobs(policy, drawn[-1], 5.0).sum().backward()
+        optimizer.step()
+    assert not same(*drawn)
 
 
 def test_a_step_that_reads_a_number_cannot_be_recorded():

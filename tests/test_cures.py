@@ -39,7 +39,8 @@ def update(policy, rollouts, advantages, cfg, lr=0.0, **options):
     trained = copy.deepcopy(policy)
     optimizer = torch.optim.SGD(trainable(trained), lr=lr)
     reference_NS = grpo.all_logprobs(policy, rollouts, cfg)
-    parts = (trained, reference_NS, optimizer, rollouts, advantages, cfg)
+    betas = torch.full((len(rollouts),), cfg.beta)
+    parts = (trained, reference_NS, optimizer, rollouts, advantages, betas, cfg)
     return trained, grpo.update_policy(*parts, **options)
 
 
@@ -91,7 +92,7 @@ def test_an_update_with_a_gradient_penalty_follows_the_definition(policy, rollou
         for p, g in zip(trainable(moved), flattened):
             p.add_(epsilon * g.view_as(p))
     old = grpo.all_logprobs(policy, rollouts, config())
-    logprobs = generate.logprobs(moved, rollouts)
+    logprobs = generate.logprobs(moved, rollouts, 1.0)
     losses = grpo.grpo_loss(logprobs, old, old, advantages, rollouts.mask, 0.02, 0.2, 0.2)
     (losses.sum() / rollouts.mask.sum()).backward()
     g2 = torch.cat(
@@ -151,9 +152,9 @@ def test_each_rollout_has_its_own_weight_of_the_kl(policy, rollouts, config):
     own = grpo.all_logprobs(policy, rollouts, cfg)
     k3 = torch.where(rollouts.mask, grpo.kl_k3(own, reference), 0.0).sum(1)
     optimizer = torch.optim.SGD(trainable(copy.deepcopy(policy)), lr=0.0)
-    parts = (policy, reference, optimizer, rollouts, torch.zeros(8), cfg)
     betas = tensor(0.0, 0, 3.0, 0, 0, 0, 0, 1.0)
-    metrics = grpo.update_policy(*parts, betas)
+    parts = (policy, reference, optimizer, rollouts, torch.zeros(8), betas, cfg)
+    metrics = grpo.update_policy(*parts)
     expected = (3 * k3[2] + k3[7]) / rollouts.mask.sum()
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-4)
 
@@ -285,7 +286,7 @@ def test_what_a_cure_answers_reaches_the_update(policy, rollouts, config, monkey
     known = grpo.reward_lib.load_all(cfg, {"hps": 1.0}, [], rows)
     monkeypatch.setattr(grpo, "all_logprobs", lambda policy, *_: seen.update(reference=policy))
 
-    def update(policy, reference_NS, optimizer, rollouts, advantages, cfg, betas, data):
+    def update(policy, reference_NS, optimizer, rollouts, advantages, betas, cfg, data):
         seen.update(advantages=advantages, betas=betas, data=data)
         return {}
 

@@ -57,8 +57,8 @@ def test_a_log_probability_does_not_change_with_its_batch_mates(policy):
     rollouts = generate.sample(policy, PROMPTS, KEYS)
     with torch.no_grad():
         together, alone = (
-            generate.logprobs(policy, rollouts),
-            generate.logprobs(policy, rollouts[1:2]),
+            generate.logprobs(policy, rollouts, 1.0),
+            generate.logprobs(policy, rollouts[1:2], 1.0),
         )
     assert (together[1:2] - alone)[rollouts.mask[1:2]].abs().max() < 1e-4
 
@@ -449,7 +449,9 @@ def test_pictures_of_other_settings_or_weights_are_made_again(tmp_path, capsys):
         (["--max-thought", "0"], "must be 1 or more"),
         (["--max-thought", "-5"], "must be 1 or more"),
         (["--num-images", "0"], "must be 1 or more"),
-        (["--limit", "-1"], "0 for all"),
+        (["--limit", "-1"], "--limit -1"),
+        (["--cfg-weight", "nan"], "--cfg-weight nan"),
+        (["--layout", "dpg", "--num-images", "2"], "tiles four pictures"),
     ],
 )
 def test_numbers_that_draw_nothing_are_refused(flags, rule, tmp_path, capsys):

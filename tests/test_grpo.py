@@ -25,7 +25,7 @@ import generate
 import grpo
 from reward_models import serving
 from reward_models.image_statistics import Jpeg
-from training import checks, cures, log, run_folder, stopping, trackers
+from training import checks, cures, log, processes, run_folder, stopping, trackers
 from training.files import ROOT
 from training.policy import trainable
 from training.prompts import load_prompts
@@ -478,6 +478,24 @@ def test_a_rollout_that_does_not_fit_is_sampled_in_two_halves_and_is_the_same(
         grpo.rollout(policy, rows, jobs * 2, 0, cfg)
 
 
+def test_a_test_that_does_not_fit_ends_the_run_with_advice(capsys):
+    with pytest.raises(SystemExit, match="3"), stopping.rescued():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert "--rollout-batch" in capsys.readouterr().err
+
+
+def test_a_process_that_ends_alone_does_not_wait_for_its_group(monkeypatch):
+    left, ended = [], []
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.dist, "destroy_process_group", lambda: left.append(1))
+    monkeypatch.setattr(processes.atexit, "_run_exitfuncs", lambda: None)
+    monkeypatch.setattr(processes.os, "_exit", ended.append)
+    processes.end_processes(3, alone=True)
+    assert (left, ended) == ([], [3])
+    processes.end_processes(0)
+    assert (left, ended) == ([1], [3, 0])
+
+
 def test_a_large_rollout_is_sampled_in_batches_and_is_the_same(policy, config):
     rows, jobs = load_prompts(config().prompts), [(0, k) for k in range(5)]
     whole, parts = (grpo.rollout(policy, rows, jobs, 7, config(rollout_batch=n)) for n in (128, 2))
@@ -706,7 +724,7 @@ BAD_USAGE = [
     ("--lora-rank -1", "0 or greater"),
     ("--save-total-limit 1", "keep 2 or more"),
     ("--device cuda", "this machine has none"),
-    ("--question runs/apo/question.txt", "no such file, and no question"),
+    ("--question runs/apo/question.txt", "an empty file, none of this name, or no question"),
     ("--output-dir /dev/null/runs", "cannot be written"),
     ("--combine constrained --rewards hps", "needs two rewards"),
     ("--eval-rewards adversarial --rewards hps", "unless it learns"),

@@ -548,7 +548,7 @@ def test_a_dying_judge_stops_the_run_after_a_checkpoint_and_is_quoted(server, tm
 
 
 def test_the_answer_can_be_looked_at(tmp_path, capsys):
-    for name, image in zip(("whole", "torn"), artifact_reward.sanity_images()):
+    for name, image in zip(("whole", "torn"), artifact_reward.sanity_images(32)):
         image.save(tmp_path / f"{name}.png")
     args = [
         str(tmp_path / "whole.png"),

@@ -33,7 +33,8 @@ def rollouts_of(policy, cfg):
 
 def learn(policy, reference, rollouts, cfg, optimizer):
     reference_NS = grpo.reference_logprobs(policy, reference, rollouts, cfg)
-    return grpo.update_policy(policy, reference_NS, optimizer, rollouts, ADVANTAGES, cfg)
+    parts = (policy, reference_NS, optimizer, rollouts, ADVANTAGES, torch.full((4,), cfg.beta))
+    return grpo.update_policy(*parts, cfg)
 
 
 def sgd(policy, lr):
@@ -405,6 +406,16 @@ def test_a_dry_run_says_whether_it_fits_and_what_would_help(capsys):
     assert "\nfits into 80 GB" in capsys.readouterr().out
 
 
+def test_the_plan_counts_the_pictures_of_a_test():
+    """540 pictures on 7 processes are 78 at a time, although a step samples 16."""
+    keys = "rollout: keys and values"
+    cfg = grpo.Config(model="deepseek-community/Janus-Pro-7B", rewards="hps", prompts_per_step=14)
+    checks.fill_presets(cfg)
+    tested = memory_plan.plan_of(cfg, 7, 0.0)[1][keys]
+    cfg.rollout_batch = 16
+    assert tested / memory_plan.plan_of(cfg, 7, 0.0)[1][keys] == pytest.approx(78 / 16)
+
+
 @pytest.mark.slow
 def test_janus_pro_1b_with_random_weights_samples_and_scores(policy):
     """The architecture of the published model at full size, in bfloat16: 576 tokens of 16384,
@@ -415,6 +426,7 @@ def test_janus_pro_1b_with_random_weights_samples_and_scores(policy):
         model = JanusForConditionalGeneration(config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
+    model.model.generation_head.float()  # as load_policy leaves it
     large = Policy(model, policy.processor, policy.reasoning, torch.bfloat16)
     rollouts = generate.sample(large, ["a red circle"], [(0, 0, 0, 0)], cot=False, cfg_weight=5.0)
     assert rollouts.image_ids.shape == (1, 576) and 256 < rollouts.image_ids.max() < 16384

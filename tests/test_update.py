@@ -50,7 +50,9 @@ def update(policy, reference, batch, cfg, lr=0.0):
     trained = copy.deepcopy(policy)
     optimizer = torch.optim.SGD(trainable(trained), lr=lr)
     reference_NS = grpo.all_logprobs(reference, rollouts, cfg)
-    return trained, grpo.update_policy(trained, reference_NS, optimizer, rollouts, advantages, cfg)
+    betas = torch.full((len(rollouts),), cfg.beta)
+    parts = (trained, reference_NS, optimizer, rollouts, advantages, betas, cfg)
+    return trained, grpo.update_policy(*parts)
 
 
 def naive_gradient(policy, reference, batch, beta, cfg_weight=1.0):
@@ -238,7 +240,8 @@ def test_training_mode_is_on_only_while_activations_are_checkpointed(
     trained = copy.deepcopy(policy)
     optimizer = torch.optim.SGD(trainable(trained), lr=0.0)
     cfg = config(gradient_checkpointing=checkpointing)
-    grpo.update_policy(trained, reference_NS, optimizer, *small_batch, cfg)
+    betas = torch.full((len(small_batch[0]),), cfg.beta)
+    grpo.update_policy(trained, reference_NS, optimizer, *small_batch, betas, cfg)
     assert modes == [checkpointing] and not trained.language_model.training
 
 
@@ -362,8 +365,9 @@ def test_the_reference_policy_gives_the_kl_of_a_step(policy, small_batch, config
     assert first is policy and torch.equal(
         reference_NS, grpo.all_logprobs(reference, rollouts, cfg)
     )
-    assert others[0] is optimizer and others[1] is rollouts and others[3] is cfg
+    assert others[0] is optimizer and others[1] is rollouts and others[4] is cfg
     assert torch.equal(others[2], scores["advantage"]) and metrics == {"kl": 3.0}
+    assert others[3].tolist() == [pytest.approx(cfg.beta)] * 8
 
 
 def test_an_adversary_learns_before_it_scores(policy, small_batch, config, monkeypatch):
@@ -680,10 +684,8 @@ def limited_memory(monkeypatch, most):
     return sizes
 
 
-@pytest.mark.parametrize("number, tried", [(2, [2, 1, 1]), (3, [3, 1, 2])])
-def test_rollouts_that_do_not_fit_are_sampled_in_two_halves(
-    number, tried, config, monkeypatch, capsys
-):
+@pytest.mark.parametrize("number, tried", [(2, [2, 1, 1]), (3, [3, 2, 1])])
+def test_rollouts_that_do_not_fit_are_sampled_in_halves(number, tried, config, monkeypatch, capsys):
     sizes = limited_memory(monkeypatch, number - 1)
     jobs = [(n % 2, n) for n in range(number)]
     cfg = config(cfg_weight=2.0, cot=False, max_thought=7)
@@ -694,9 +696,9 @@ def test_rollouts_that_do_not_fit_are_sampled_in_two_halves(
     assert f"out of memory with {number} rollouts" in capsys.readouterr().err
 
 
-def test_what_does_not_fit_in_halves_or_alone_ends_the_run(config, monkeypatch):
-    for number, tried in ((4, [4, 2]), (1, [1])):
-        sizes = limited_memory(monkeypatch, 0 if number == 1 else 1)
+def test_what_does_not_fit_alone_ends_the_run(config, monkeypatch):
+    for number, tried in ((4, [4, 2, 1]), (1, [1])):
+        sizes = limited_memory(monkeypatch, 0)
         with pytest.raises(torch.OutOfMemoryError):
             grpo.rollout("policy", ROWS, [(0, k) for k in range(number)], 5, config(cfg_weight=1.0))
         assert sizes == tried

@@ -119,6 +119,8 @@ def check_flags(cfg, num_rewards, processes):
             "--shard spreads full training over several processes (torchrun --nproc-per-node 8); "
             "it does not go with --lora-rank, which has little to spread"
         )
+    if cfg.guidance == "none" and cfg.cfg_weight not in (None, 1):
+        usage_error(f"--guidance none --cfg-weight {cfg.cfg_weight}: none has no weight; drop one")
     if cfg.train_image_head and cfg.lora_rank:
         usage_error("--train-image-head: --lora-rank trains matrices in the language model only")
     rows = load_prompts(cfg.prompts)

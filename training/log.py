@@ -114,6 +114,8 @@ class Stopwatch:
 
     def __call__(self, part):
         """The part that began at the last call, or at start, ends here."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a GPU works while Python goes on
         now = time.perf_counter()
         self.seconds[f"seconds/{part}"] = round(now - self.last, 3)
         self.last = now

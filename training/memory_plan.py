@@ -133,7 +133,9 @@ def plan_of(cfg, world_size, rewards):
     cfg_weight = cfg.cfg_weight or (1 if cfg.model == "tiny" else 5)
     guided = cfg.guidance != "none" and cfg_weight != 1
     rollouts = rollouts_of(cfg, world_size)
-    return plan(config, world_size, min(cfg.rollout_batch, rollouts),
+    # Tests and best-of-n sample, too, and often more pictures than a step.
+    most = max(rollouts, math.ceil(cfg.eval_images / world_size), cfg.best_of)
+    return plan(config, world_size, min(cfg.rollout_batch, most),
         min(cfg.micro_batch, rollouts), guided, cfg.max_thought * cfg.cot, cfg.shard, cfg.lora_rank,
         cfg.gradient_checkpointing, rewards, cfg.cures.copies(),
         image_head=cfg.train_image_head)  # fmt: skip
@@ -174,6 +176,7 @@ def print_plan(cfg, world_size, rewards):
         "--lora-rank 16": not cfg.lora_rank,
         "--gradient-checkpointing": not cfg.gradient_checkpointing,
         "a smaller --micro-batch": cfg.micro_batch > 1,
+        "a smaller --rollout-batch": cfg.rollout_batch > 1,
         "more GPUs": True,
     }
     peak = max(value for name, value in gigabytes.items() if name.startswith("peak"))

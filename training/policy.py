@@ -18,6 +18,8 @@ from training.weights import load_model, load_part, readable
 # On a Hopper GPU torch 2.13 would choose cuDNN's attention. Its gradient is sometimes NaN under a
 # mask (github.com/pytorch/pytorch/issues/196678), and it makes a new plan for every length.
 torch.backends.cuda.enable_cudnn_sdp(False)
+# Convolutions in float32 (the VQ decoder, patch embeddings) are not rounded to ten bits (TF32).
+torch.backends.cudnn.allow_tf32 = False
 
 
 @dataclass

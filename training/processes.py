@@ -75,15 +75,18 @@ def end_with_launcher():
     threading.Thread(target=watch, daemon=True).start()
 
 
-def end_processes(code=0):
-    """Leave the process group, if there is one, and end the process with this exit code.
+def end_processes(code=0, alone=False):
+    """Leave the process group, if there is one, and end the process with this exit code. alone: the
+    other processes do not end now. Leaving their group would wait for them, and they for us
+    (pytorch/torchtitan#1342); without leaving it, torchrun sees this process end, and ends them.
 
     os._exit, because the interpreter's own shutdown can abort a process that has sharded a model:
     DTensor's caches keep the group, and gloo's threads, alive after destroy_process_group. If such
     a thread is late to release the tensors of the last gather, it asks for an interpreter that is
     gone ("terminate called without an active exception", pytorch/pytorch#190489)."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        if not alone:
+            dist.destroy_process_group()
         atexit._run_exitfuncs()  # what libraries have registered, such as the end of a wandb run
         sys.stdout.flush()
         sys.stderr.flush()

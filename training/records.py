@@ -44,19 +44,28 @@ def read_json(path):
     usage_error(f"{path}: missing, or no JSON object; restore it, or use another folder")
 
 
+def without_nan(value):
+    """NaN and infinity become None, at any depth: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def json_line(record):
-    """One record as a line of JSON; NaN and infinity become null."""
-    failed = {
-        name
-        for name, value in record.items()
-        if isinstance(value, float) and not math.isfinite(value)
-    }
-    return json.dumps(record | dict.fromkeys(failed)) + "\n"
+    """One record as a line of JSON."""
+    return json.dumps(without_nan(record)) + "\n"
 
 
 def write_jsonl(path, records):
     with atomic(path) as file:
         file.writelines(map(json_line, records))
+
+
+def write_json(path, record):
+    with atomic(path) as file:
+        json.dump(without_nan(record), file, indent=2)
 
 
 def append_jsonl(path, record):

@@ -290,7 +290,9 @@ class Run:
             return
 
         def load(name):
-            return torch.load(checkpoint / f"{name}.pt", weights_only=True, map_location="cpu")
+            # mmap: the processes of a node share the file's 55 GB (7B) instead of reading it each.
+            file = checkpoint / f"{name}.pt"
+            return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
 
         load_optimizer_state(self.policy, self.optimizer, load("optimizer"))
         for name, reward in self.rewards.adversaries.items():
@@ -324,7 +326,7 @@ class Run:
                     "from the checkpoint before it with --resume latest",
                     file=sys.stderr,
                 )
-                end_processes(3)
+                end_processes(3, alone=True)
             if final.exists():  # this step was saved before; until the new one is there, keep it
                 os.replace(final, final.with_name(f".{final.name}.old"))
             os.replace(partial, final)

@@ -4,6 +4,7 @@ Read next: run_folder.py
 """
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -85,25 +86,25 @@ def check_scores(scores, rewards, max_failures):
 
 
 @contextlib.contextmanager
-def rescued(save):
-    """Around a step: if its rollouts have no scores, or memory runs out, save what was before it
-    and end the run with code 3. The step is repeated when the run goes on."""
+def rescued(save=None):
+    """Around a step or a test: if the rollouts have no scores, or memory runs out, end the run with
+    code 3. Of a step, what was before it is saved, so that it is repeated when the run goes on."""
     try:
         yield
     except NoScores as reason:
         give_up(reason, 3, save())
     except torch.OutOfMemoryError as problem:
         reason = f"out of memory ({str(problem).splitlines()[0]}); lower --micro-batch, or use "
-        reason += "--gradient-checkpointing, --lora-rank or --shard"
-        if world_size() == 1:
+        reason += "--rollout-batch, --gradient-checkpointing, --lora-rank or --shard"
+        if save and world_size() == 1:
             give_up(reason, 3, save())
         print(reason, file=sys.stderr)  # the other processes are in the middle of the step
-        end_processes(3)
+        end_processes(3, alone=True)
 
 
 def in_batches(function, items, size):
     """[function(items[:size]), function(items[size : 2 * size]), ...]. A batch that does not fit
-    into memory is tried once more in two halves: a rollout is the same in any batch."""
+    into memory is tried again in halves: a rollout is the same in any batch."""
     results = []
     for batch in (items[i : i + size] for i in range(0, len(items), size)):
         try:
@@ -116,7 +117,7 @@ def in_batches(function, items, size):
         torch.cuda.empty_cache()
         message = f"out of memory with {len(batch)} rollouts at a time: trying half as many"
         tqdm.write(message, file=sys.stderr)
-        results += map(function, (batch[: len(batch) // 2], batch[len(batch) // 2 :]))
+        results += in_batches(function, batch, math.ceil(len(batch) / 2))
     return results
 
 
