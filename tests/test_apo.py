@@ -232,6 +232,16 @@ def test_another_judge_has_another_memory_and_a_failure_is_not_remembered(tmp_pa
     assert np.isfinite(other("noise?", rows)).all()
 
 
+def test_the_tiny_judge_is_shown_no_photographs(tmp_path, capsys):
+    picture((1, 2, 3), side=65).save(tmp_path / "x.png")
+    judge = Judge()
+    judge.tiny = True
+    answers = apo.CachedJudge(tmp_path / "a.sqlite", judge, "tiny")
+    with pytest.raises(SystemExit, match="2"):
+        answers("noise?", [{"path": tmp_path / "x.png", "prompt": "", "broken": False}])
+    assert "--judge-url" in capsys.readouterr().err and judge.asked == 0
+
+
 def test_answers_are_saved_as_they_come(tmp_path):
     class Killed(Judge):
         def answers(self, question, images):
@@ -400,6 +410,18 @@ def test_a_picture_without_an_answer_is_no_mistake_to_learn_from(tmp_path):
     writer = Writer()
     found = expand(PLAIN, examples(4, tmp_path), answers, writer)
     assert writer.reasons == [] and [reason for _, reason in found] == ["in other words"]
+
+
+def test_without_a_reason_nothing_is_rewritten():
+    class Mute(Writer):
+        reason = staticmethod(lambda question, mistakes, rng: "")
+
+        def rewrite(self, *_):
+            raise AssertionError("it would be asked to follow no reason")
+
+    refused = {}
+    found = expand(PLAIN, [{"n": 9, "broken": False}], verdicts, Mute(), refused)
+    assert [reason for _, reason in found] == ["in other words"] and refused == {"empty": 4}
 
 
 def test_bad_answers_of_the_writer_are_refused_and_counted():

@@ -85,6 +85,24 @@ def test_scores_of_another_checkpoint_are_not_taken_for_these(
         assert score("pickscore") == 24 and score("hps") == 24  # both are kept
 
 
+def test_scores_do_not_go_into_another_file(generated, prompts, counting, capsys, tmp_path):
+    other = tmp_path / "metrics.jsonl"
+    other.write_text('{"step": 0}\n')
+    with pytest.raises(SystemExit, match="2"):
+        run("--images", generated, "--prompts", prompts, "--rewards", "hps", "--output", other)
+    assert "another file of this name" in capsys.readouterr().err
+    assert other.read_text() == '{"step": 0}\n'
+
+
+def test_scores_are_beside_the_folder_that_dot_means(
+    generated, prompts, counting, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(generated)
+    with pytest.raises(SystemExit, match="0"):
+        run("--images", ".", "--prompts", prompts, "--rewards", "hps")
+    assert (tmp_path / "out-scores-tiny.jsonl").is_file() and not list(generated.glob(".*"))
+
+
 def test_a_corrected_prompt_is_scored_again(tmp_path):
     picture().save(tmp_path / "p.png")
     reward, known = Counting(), []

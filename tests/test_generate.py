@@ -442,6 +442,20 @@ def test_pictures_of_other_settings_or_weights_are_made_again(tmp_path, capsys):
     assert made(max_thought=40) == 1
 
 
+def test_padding_has_log_probability_zero_and_no_gradient(policy):
+    """exp of it, in the loss, could be infinite; and infinity times 0 is NaN."""
+    prompts = ["a red circle", "a yellow star above a purple square"]
+    rollouts = generate.sample(policy, prompts, [(3, 0, n, 0) for n in range(2)])
+    padding = ~rollouts.mask
+    assert padding.any()
+    both = generate.logprobs(policy, rollouts, 1.0, generate.with_entropies)
+    assert both[padding].eq(0).all() and both[rollouts.mask].ne(0).any(1).all()
+    scored = generate.logprobs(policy, rollouts, 1.0)
+    weight = policy.language_model.layers[0].mlp.up_proj.weight
+    (gradient,) = torch.autograd.grad(scored[padding].sum(), weight)
+    assert gradient.eq(0).all()
+
+
 @pytest.mark.parametrize(
     "flags, rule",
     [

@@ -485,15 +485,17 @@ def test_a_test_that_does_not_fit_ends_the_run_with_advice(capsys):
 
 
 def test_a_process_that_ends_alone_does_not_wait_for_its_group(monkeypatch):
-    left, ended = [], []
+    left = []
     monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(processes.dist, "destroy_process_group", lambda: left.append(1))
     monkeypatch.setattr(processes.atexit, "_run_exitfuncs", lambda: None)
-    monkeypatch.setattr(processes.os, "_exit", ended.append)
-    processes.end_processes(3, alone=True)
-    assert (left, ended) == ([], [3])
-    processes.end_processes(0)
-    assert (left, ended) == ([1], [3, 0])
+    monkeypatch.setattr(processes.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="3"):
+        processes.end_processes(3, alone=True)
+    assert left == []
+    with pytest.raises(SystemExit, match="0"):
+        processes.end_processes(0)
+    assert left == [1]
 
 
 def test_a_large_rollout_is_sampled_in_batches_and_is_the_same(policy, config):
@@ -732,6 +734,8 @@ BAD_USAGE = [
     ("--prompts-per-step 600", "as many, each once"),
     ("--references /nowhere --rewards adversarial", "manifest.jsonl"),
     ("--shard", "--nproc-per-node"),
+    ("--eval-rewards gold:.5", "only --rewards of grpo.py has weights"),
+    ("--guidance none --cfg-weight 3", "none has no weight"),
 ]
 
 

@@ -564,6 +564,21 @@ def test_the_answer_can_be_looked_at(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    "side, args, rule",
+    [(65, ["x.png"], "knows pictures of 32 x 32"), (32, [], "name pictures")],
+    ids=["a photograph", "nothing"],
+)
+def test_what_the_tiny_judge_cannot_score_is_refused(
+    side, args, rule, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (side, side)).save("x.png")
+    with pytest.raises(SystemExit, match="2"):
+        artifact_reward.main(tyro.cli(artifact_reward.Config, args=args))
+    assert rule in capsys.readouterr().err
+
+
 def test_a_file_that_is_no_picture_costs_one_score(tmp_path, capsys):
     (tmp_path / "x.png").write_text("no picture")
     with pytest.raises(SystemExit) as stop:

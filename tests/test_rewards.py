@@ -325,6 +325,36 @@ def test_pair_prompts_of_test_and_train_are_disjoint():
     )
 
 
+def test_flags_that_no_reward_uses_are_refused(config, capsys):
+    for flags in (
+        {"question": "Broken? yes or no"},
+        {"judge_model": "qwen"},
+        {"rewards": "artifact@http://127.0.0.1:1", "question": "Broken? yes or no"},
+    ):
+        cfg = config(**{"rewards": "hps", "eval_rewards": ""} | flags)
+        weights, heldout = rewards.check_roles(cfg.rewards, cfg.eval_rewards, "sum")
+        with pytest.raises(SystemExit, match="2"):
+            rewards.load_all(cfg, weights, heldout, [])
+        assert "no reward `artifact` here uses them" in capsys.readouterr().err
+
+
+def test_only_what_trains_has_a_weight(capsys):
+    assert rewards.unweighted("hps,stats") == ["hps", *rewards.STATISTICS]
+    with pytest.raises(SystemExit, match="2"):
+        rewards.main(rewards.Config("score", "jpeg:2", ("x.png",)))
+    assert "jpeg:2: only --rewards of grpo.py has weights" in capsys.readouterr().err
+
+
+def test_a_reward_without_weights_is_served_without_asking_which(monkeypatch, capsys):
+    served = []
+    monkeypatch.setattr(rewards, "serve_forever", lambda name, load, *_: served.append(load()))
+    rewards.main(rewards.Config("serve", "jpeg"))
+    assert isinstance(served[0], rewards.Jpeg)
+    with pytest.raises(SystemExit, match="2"):
+        rewards.main(rewards.Config("serve", "hps"))
+    assert "which weights?" in capsys.readouterr().err
+
+
 def test_a_reward_that_reads_the_prompt_needs_one(tmp_path, capsys):
     picture = str(tmp_path / "picture.png")
     Image.new("RGB", (32, 32)).save(picture)

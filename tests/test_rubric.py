@@ -90,6 +90,7 @@ def test_a_rubric_is_lines_that_begin_with_a_weight(text, expected):
         ("0.0 Torn?\n0.0 Noisy?", "all weights of this rubric are 0"),
         ("0.5 Torn?\nNoisy?", "a weight before each question"),
         ("0.5 Torn?\n1 Noisy?", "a weight before each question"),
+        ("1 Torn?\n2 Noisy?", "write the weights of a rubric as 1.0"),
     ],
 )
 def test_a_rubric_whose_weights_are_useless_is_refused(text, rule, capsys):
