@@ -7,7 +7,7 @@
 # graph      does the recorded loop draw the tokens of the unrecorded one, also after an update, and with LoRA?
 # rehearsal  the recipes' steps, with a few layers; gpu_gb is the memory that they took
 # speed      tokens/s with and without the CUDA graph, of transformers and of a plain loop; share of the roofline
-# Each part has its own log and its own limit of time. The sharded parts of the rehearsal need two GPUs, and fail on one.
+# Each part has its own log and its own limit of time. The sharded parts of the rehearsal take two GPUs, or the only one.
 set -u
 cd "$(dirname "$0")/.."
 out=${OUT:-runs/gpu}

@@ -182,7 +182,8 @@ def flags_of(title):
 
 def parts(vllm, device="cpu"):
     """[(name, what it shows, command, command of a server it needs)]."""
-    grpo, two = "grpo.py", "-m torch.distributed.run --standalone --nproc-per-node 2 grpo.py"
+    grpo, processes = "grpo.py", 2 if device == "cpu" else min(2, torch.cuda.device_count())
+    two = f"-m torch.distributed.run --standalone --nproc-per-node {processes} grpo.py"
     one, eight = flags_of("1B, two GPUs of 24 GB"), flags_of("1B, eight of 80 GB")
     seven, nodes = flags_of("7B, eight of 80 GB"), flags_of(RECIPES[-1].title)
     serve = f"rewards.py serve hps --model real --port {PORT}"

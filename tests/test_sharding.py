@@ -406,6 +406,15 @@ def test_a_dry_run_says_whether_it_fits_and_what_would_help(capsys):
     assert "\nfits into 80 GB" in capsys.readouterr().out
 
 
+def test_the_only_process_of_torchrun_may_shard(config, monkeypatch, capsys):
+    cfg = config(shard=True, prompts_per_step=2)
+    with pytest.raises(SystemExit, match="2"):
+        checks.check_flags(cfg, 1, 1)
+    assert "--nproc-per-node" in capsys.readouterr().err
+    monkeypatch.setattr(checks, "launched", lambda: True)
+    checks.check_flags(cfg, 1, 1)
+
+
 def test_the_plan_counts_the_pictures_of_a_test():
     """540 pictures on 7 processes are 78 at a time, although a step samples 16."""
     keys = "rollout: keys and values"

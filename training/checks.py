@@ -8,7 +8,7 @@ import math
 from training import cures
 from training.files import ROOT, usage_error
 from training.model_card import check_hub
-from training.processes import rank, world_size
+from training.processes import launched, rank, world_size
 from training.prompts import load_prompts
 from training.run_folder import flags_of
 from training.trackers import check_installed
@@ -114,7 +114,7 @@ def check_flags(cfg, num_rewards, processes):
             "--combine constrained needs two rewards: the first is maximised, the others keep "
             "their --floor"
         )
-    if cfg.shard and (cfg.lora_rank or (processes == 1 and not cfg.dry_run)):
+    if cfg.shard and (cfg.lora_rank or not (launched() or cfg.dry_run)):
         usage_error(
             "--shard spreads full training over several processes (torchrun --nproc-per-node 8); "
             "it does not go with --lora-rank, which has little to spread"

@@ -95,6 +95,11 @@ def end_processes(code=0, alone=False):
         raise SystemExit(code)
 
 
+def launched():
+    """Is this one of torchrun's processes, even if the only one?"""
+    return dist.is_initialized()
+
+
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
