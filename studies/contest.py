@@ -242,9 +242,10 @@ def detection_table(results):
     """Do the alarms, which know no gold, find the runs that gold calls hacked? A row for each
     alarm; a column for each kind of run: in how many it went off, and when, after the onset."""
     runs = [(cure, run) for cure, found in results.items() if cure != STOPPED for run in found]
+    control = lambda cure: CURES[cure]["family"] == "control"
     kinds = {"hacked": [run for _, run in runs if run["onset"] is not None]}
-    kinds["not hacked"] = [r for cure, r in runs if r["onset"] is None and cure != "control"]
-    kinds["control"] = results.get("control", [])
+    kinds["not hacked"] = [r for cure, r in runs if r["onset"] is None and not control(cure)]
+    kinds["control"] = [run for cure, run in runs if control(cure)]
     rows = []
     measured = [name for name in alarms.LIMITS if any(name in run["alarms"] for _, run in runs)]
     for name in [*measured, "any of them"]:
