@@ -286,8 +286,9 @@ def check_numbers(cfg):
         usage_error(f"--rubric {cfg.rubric}: how many questions at most; 0 for none")
     if not 0 < cfg.budget <= 1:
         usage_error(f"--budget {cfg.budget}: a share of the calls of full, above 0, at most 1")
-    if not (cfg.seeds and cfg.select):
-        usage_error("--seeds and --select: give at least one of each")
+    for values in (cfg.seeds, cfg.select):
+        if not values or len(set(values)) < len(values):
+            usage_error("--seeds and --select: give at least one of each, and each once")
 
 
 def main(cfg):
@@ -332,7 +333,7 @@ def main(cfg):
     print(f"questions, histories and pages are in {out}/*/; train with one of them:")
     last = out / f"{cfg.select[-1]}_seed{cfg.seeds[0]}"
     name = "rubric" if (last / "rubric.txt").is_file() else "question"
-    print(f"    torchrun grpo.py --question {last}/{name}.txt")
+    print(f'    torchrun grpo.py --question "{last}/{name}.txt"')
 
 
 # --- what a search leaves behind ----------------------------------------------------------------

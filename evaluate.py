@@ -65,7 +65,8 @@ class Config:
     wise: Literal["", "legacy", "verified"] = ""  # score by this protocol of WISE instead
     pairs: str = ""  # a folder of pairs with test.jsonl, such as tiny_world/pairs
     compare: tuple[str, str] | None = None  # two run folders, or two score files of --images
-    audit: tuple[str, ...] = ()  # run folders: was it hacked? exit code 4 if an alarm goes off
+    # run folders [newest in runs/]: was it hacked? exit code 4 if an alarm goes off
+    audit: tuple[str, ...] | None = None
     summarize: tuple[str, ...] = ()  # result files of official scorers
     output: str = ""  # file of the scores or of the comparison [beside the pictures; compare.html]
     model: Literal["tiny", "real"] = "tiny"  # tiny: our reward checkpoints; real: the published
@@ -76,6 +77,8 @@ class Config:
 def load_rewards(cfg):
     """name -> reward, of --rewards."""
     parts = reward_lib.parse_parts(cfg.rewards)
+    if not parts:
+        usage_error("--rewards is empty; name at least one, such as hps,artifact")
     reward_lib.refuse_learners(reward_lib.unweighted(cfg.rewards))
     checkpoint, device = "tiny" if cfg.model == "tiny" else None, pick_device("auto")[0]
     loaded = {}
@@ -167,14 +170,8 @@ def evaluate_folder(cfg):
     if cfg.wise:
         return evaluate_wise(cfg, matched)
     output = Path(cfg.output or f"{Path(cfg.images).resolve()}-scores-{cfg.model}.jsonl")
-    known, rewards = read_jsonl(output) if output.is_file() else [], load_rewards(cfg)
-    if not all({"path", "sha256", "prompt"} <= record.keys() for record in known):
-        usage_error(f"--output {output}: there is another file of this name; give another name")
-
-    def save(records):  # earlier scores of other pictures stay in the file
-        new = {record["path"] for record in records}
-        write_jsonl(output, [*records, *(r for r in known if r["path"] not in new)])
-
+    known, rewards = comparison.known_scores(output), load_rewards(cfg)
+    save = lambda records: write_jsonl(output, comparison.merged(records, known))
     guards.say_cut(rewards, [row["prompt"] for row, _, _ in matched])
     records = score_images(matched, rewards, known, save)
     save(records)
@@ -275,6 +272,11 @@ def pair_table(rewards, folder):
 
 def run_folders(names):
     """Those of these folders that are runs; without names the newest run."""
+    for name in names:
+        if not Path(name).is_dir():
+            usage_error(f"{name}: no such folder; name runs of grpo.py")
+        if not (Path(name) / "config.json").is_file():
+            print(f"{name}: no run, and left out", file=sys.stderr)
     runs = [Path(run) for run in names if (Path(run) / "config.json").is_file()]
     if not names:
         tests = sorted(Path("runs").glob("*/test.jsonl"), key=lambda path: path.stat().st_mtime)
@@ -304,7 +306,7 @@ def main(cfg):
         print(markdown(table))
         if any(row["failed"] for row in table):
             sys.exit(3)
-    elif cfg.audit:
+    elif cfg.audit is not None:
         rows, off = alarms.audit(run_folders(cfg.audit))
         print(markdown(rows))
         sys.exit(4 if off else 0)

@@ -416,7 +416,7 @@ class Config:
 
 
 def main(cfg):
-    if bool(cfg.prompt) == bool(cfg.prompts):
+    if bool(cfg.prompt.strip()) == bool(cfg.prompts):
         usage_error('give one prompt, python generate.py "a red circle", or --prompts FILE')
     num_images = PICTURES[cfg.layout] if cfg.num_images is None else cfg.num_images
     batch_size = 1 if cfg.batch_size is None else cfg.batch_size

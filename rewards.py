@@ -175,8 +175,8 @@ def check_roles(training, heldout, how):
     """The flags --rewards, --eval-rewards and --combine of grpo.py -> (name -> weight, held-out
     names). A reward has one role: what is trained on is no evidence. Wrong input: exit code 2."""
     weights, heldout = parse(training), unweighted(heldout)
-    if not weights:
-        usage_error("--rewards is empty; name at least one, such as hps,artifact")
+    if not any(weights.values()):
+        usage_error("--rewards: name at least one of a weight other than 0, such as hps,artifact")
     both = ", ".join(weights.keys() & set(heldout))
     if both:
         usage_error(

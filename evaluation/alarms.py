@@ -28,7 +28,7 @@ import math
 from statistics import median, stdev
 
 from evaluation import hacking
-from training.records import mean, mean_over_prompts, read_jsonl
+from training.records import mean, mean_over_prompts
 
 USUAL = 10  # the first steps, whose mean and standard deviation are the usual ones
 SLACK = 1.0  # of CUSUM, in standard deviations; ten steps know their mean to .32
@@ -48,7 +48,7 @@ def held_out_names(config):
 
 def test_records(run):
     """step -> the records of its test, in order."""
-    return {int(f.stem.split("_")[1]): read_jsonl(f) for f in hacking.test_files(run)}
+    return {step: hacking.read_test(run, step) for step in hacking.test_files(run)}
 
 
 def finite(values):

@@ -8,27 +8,64 @@ Read next: alarms.py
 """
 
 import math
+import sys
 from pathlib import Path
 
 from markupsafe import Markup
 
 from evaluation import hacking, pages
 from evaluation.tables import bootstrap
-from training.decode import open_picture
+from training.decode import file_digest, open_picture
 from training.files import atomic, usage_error
 from training.pictures import cut_sheet
 from training.records import mean, read_jsonl
 
 
 def read_scored(path):
-    """(records, pictures): of the last test of a run, or of a file of scores."""
+    """(records, pictures): of the last test of a run, or of a file of scores. Wrong input: exit
+    code 2."""
     path = Path(path)
     if path.is_file():
         records = read_jsonl(path)
-        return records, [Path(record["path"]) for record in records]
-    hacking.read_run(path)  # exits with the reason if it is no run
-    records = read_jsonl(hacking.test_files(path)[-1])
-    return records, cut_sheet(path / "tests" / "last.png", len(records))
+        if not all({"id", "sample", "prompt", "path", "sha256"} <= r.keys() for r in records):
+            usage_error(f"--compare {path}: not a file of scores of evaluate.py --images")
+        pictures = [unchanged_picture(record) for record in records]
+    else:
+        hacking.read_run(path)  # exits with the reason if it is no run
+        records = hacking.read_test(path, "last")
+        pictures = cut_sheet(path / "tests" / "last.png", len(records))
+    if len({(record["id"], record["sample"]) for record in records}) < len(records):
+        usage_error(f"--compare {path}: holds two lines of one prompt and sample; score it anew")
+    return records, pictures
+
+
+def unchanged_picture(record):
+    """The path of the picture that has this score; None, said once, if the file is another now."""
+    if is_unchanged(record):
+        return Path(record["path"])
+    path = record["path"]
+    print(f"{path}: missing, or not the picture that was scored; not shown", file=sys.stderr)
+
+
+def is_unchanged(record):
+    path = Path(record["path"])
+    return path.is_file() and file_digest(path) == record["sha256"]
+
+
+def known_scores(file):
+    """The records of a file of scores whose pictures are still there, unchanged; [] if there is no
+    such file. A file of another kind: exit code 2."""
+    records = read_jsonl(file) if Path(file).is_file() else []
+    if not all({"path", "sha256", "prompt"} <= record.keys() for record in records):
+        usage_error(f"--output {file}: there is another file of this name; give another name")
+    return [record for record in records if is_unchanged(record)]
+
+
+def merged(records, known):
+    """These records, and those known ones that are of other pictures."""
+    place = lambda record: Path(record["path"]).resolve()
+    new = set(map(place, records))
+    return [*records, *(record for record in known if place(record) not in new)]
 
 
 def seed_of(path):
@@ -46,12 +83,14 @@ def compare(a, b, output):
     couples = [(i, j) for i, j in couples if i is not None]
     if not couples or any(first[i]["prompt"] != second[j]["prompt"] for i, j in couples):
         usage_error(f"--compare: {a} and {b} have no pictures of the same prompts and samples")
-    names = [n for n, value in first[0].items() if isinstance(value, float) and n in second[0]]
+    scores = lambda records: {n: 0 for r in records for n, v in r.items() if isinstance(v, float)}
+    names = [name for name in scores(first) if name in scores(second)]
     if not names:
         usage_error(f"--compare: {a} and {b} have no score in common")
     table = [row for name in names if (row := difference(name, first, second, couples))]
     key = "gold" if "gold" in names else names[0]
-    couples.sort(key=lambda ij: -abs(second[ij[1]][key] - first[ij[0]][key]))
+    size = lambda ij: abs(second[ij[1]].get(key, math.nan) - first[ij[0]].get(key, math.nan))
+    couples = sorted((ij for ij in couples if math.isfinite(size(ij))), key=size, reverse=True)
 
     def opened(picture):
         return open_picture(picture) if isinstance(picture, Path) else picture or ""
@@ -70,7 +109,8 @@ def compare(a, b, output):
 
 def difference(name, first, second, couples):
     """The row of one score, or None if no picture has it in both."""
-    known = [(i, j) for i, j in couples if math.isfinite(first[i][name] + second[j][name])]
+    value = lambda record: record.get(name, math.nan)
+    known = [(i, j) for i, j in couples if math.isfinite(value(first[i]) + value(second[j]))]
     if not known:
         return None
     gains = [second[j][name] - first[i][name] for i, j in known]

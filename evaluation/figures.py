@@ -19,14 +19,17 @@ from PIL import Image, ImageDraw
 from evaluation import alarms, curves, hacking, pages
 from evaluation.hacking import names_in
 from training.decode import open_picture
-from training.files import atomic
+from training.files import atomic, usage_error
 from training.pictures import STRIP, STRIP_GAP, STRIP_SIDE, cut_sheet, save_png
 from training.records import read_jsonl
 
 
 def strips_of(run):
-    """The strips of the fixed prompts: a PNG for each test, in order."""
-    return sorted((Path(run) / "samples").glob("step_*.png"))
+    """The strips of the fixed prompts: a PNG for each test, in order. None there: exit code 2."""
+    strips = sorted((Path(run) / "samples").glob("step_*.png"))
+    if not strips:
+        usage_error(f"{run}: samples/step_*.png are missing; a run folder has one for each test")
+    return strips
 
 
 def open_strip(file):
@@ -183,7 +186,7 @@ def worst_gaps(run, trained, n=24):
 
     The gap is in standard deviations over the last test: sum over the training rewards of
     z(reward) - z(gold), or of z(reward) alone if there is no gold."""
-    records = read_jsonl(hacking.test_files(run)[-1])
+    records = hacking.read_test(run, "last")
     sheets = [run / "tests" / "first.png", run / "tests" / "last.png"]
     before, after = (cut_sheet(sheet, len(records)) for sheet in sheets)
 

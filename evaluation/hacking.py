@@ -57,8 +57,12 @@ class RunRecords(NamedTuple):
     pool: list  # a record for each picture of the best-of-n pool; empty if there is none
 
 
+# Flags without which a folder is of another version.
+NEEDED = {"rewards", "eval_rewards", "num_generations"}
+
+
 def read_run(run):
-    """The RunRecords of a run folder. No run folder: exit code 2."""
+    """The RunRecords of a run folder. No run folder, or a damaged one: exit code 2."""
     run = Path(run)
     if not ((run / "test.jsonl").is_file() and (run / "config.json").is_file()):
         usage_error(
@@ -66,9 +70,14 @@ def read_run(run):
         )
     optional = [run / "metrics.jsonl", run / "best_of_n.jsonl"]
     steps, pool = (read_jsonl(path) if path.is_file() else [] for path in optional)
-    config = read_json(run / "config.json")
-    config["flags"] = cure_flags() | config["flags"]
-    return RunRecords(config, steps, read_jsonl(run / "test.jsonl"), pool)
+    config, tests = read_json(run / "config.json"), read_jsonl(run / "test.jsonl")
+    flags = config.get("flags")
+    if not isinstance(flags, dict) or not NEEDED <= flags.keys():
+        usage_error(f"{run}/config.json: damaged, or of another version; train the run again")
+    if not tests or not all({"step", "kl"} <= test.keys() for test in tests):
+        usage_error(f"{run}/test.jsonl: holds no test, or a damaged one; train the run again")
+    config["flags"] = cure_flags() | flags
+    return RunRecords(config, steps, tests, pool)
 
 
 def runs_by_rewards(runs):
@@ -160,46 +169,82 @@ def within_prompt_std(pool, name):
     return math.sqrt(mean(statistics.variance(scores) for scores in groups if len(scores) > 1))
 
 
-def paired(before, after, name):
-    """Mean and standard error of after - before, over records with the same id and sample."""
+def gains_of(before, after, name):
+    """[(prompt id, after - before)] of the records with the same id and sample, where both have
+    this score."""
     value = score_of(name)
     known = {(r["id"], r["sample"]): value(r) for r in before}
-    gains = [value(r) - known.get((r["id"], r["sample"]), math.nan) for r in after]
-    return mean(gains), mean_over_prompts(gains, [r["id"] for r in after])[1]
+    gains = [(r["id"], value(r) - known.get((r["id"], r["sample"]), math.nan)) for r in after]
+    return [(prompt, gain) for prompt, gain in gains if math.isfinite(gain)]
+
+
+def paired(before, after, name):
+    """Mean and standard error of after - before, over records with the same id and sample."""
+    prompts, gains = zip(*gains_of(before, after, name) or [("", math.nan)])
+    return mean(gains), mean_over_prompts(gains, prompts)[1]
 
 
 def test_files(run):
-    """The records of each test, a file each, in order. None there: exit code 2."""
+    """step -> the file of its test's records, in order. None there: exit code 2."""
     files = sorted((Path(run) / "tests").glob("step_*.jsonl"))
+    files = {int(f.stem[5:]): f for f in files if re.fullmatch(r"step_\d{6,}", f.stem)}
     if not files:
         usage_error(f"{run}: tests/step_*.jsonl are missing; a run folder has one for each test")
     return files
 
 
+def read_test(run, step):
+    """The records of the test at this step, or of the "first" or the "last" one. Missing or empty:
+    exit code 2."""
+    files = test_files(run)
+    step = {"first": min(files), "last": max(files)}.get(step, step)
+    records = read_jsonl(files[step]) if step in files else []
+    if not records:
+        usage_error(f"{run}/tests/step_{step:06d}.jsonl: missing or empty; train the run again")
+    return records
+
+
 def change(run, name):
     """Mean and standard error of last test minus first test, picture by picture."""
-    files = test_files(run)
-    return paired(read_jsonl(files[0]), read_jsonl(files[-1]), name)
+    return paired(read_test(run, "first"), read_test(run, "last"), name)
 
 
 def after_the_peak(run):
     """What happens from the test with the highest gold to the last one: (its step, change of gold,
-    standard error of this change, change of the proxy)."""
+    standard error of this change, change of the proxy). NaN for what has no score."""
     config, _, tests, _ = read_run(run)
-    proxy = proxy_of(config)
-    peak, last = max(tests, key=itemgetter("gold")), tests[-1]
-    files = [Path(run) / "tests" / f"step_{test['step']:06d}.jsonl" for test in (peak, last)]
-    return peak["step"], *paired(*map(read_jsonl, files), "gold"), last[proxy] - peak[proxy]
+    proxy, last = proxy_of(config), tests[-1]
+    height = lambda test: test.get("gold", math.nan)
+    peak = max([test for test in tests if math.isfinite(height(test))] or tests, key=height)
+    fall = paired(read_test(run, peak["step"]), read_test(run, last["step"]), "gold")
+    return peak["step"], *fall, last.get(proxy, math.nan) - peak.get(proxy, math.nan)
 
 
 def onset(run):
-    """The step of the onset of hacking, by the rule in this file's header, or None. The control has
-    none: what falls there is drift. Nor has a run without a proxy."""
+    """The step of the onset of hacking, by the rule in this file's header; None if there is none,
+    or if it cannot be decided. The control has none: what falls there is drift. Nor has a run
+    without a proxy."""
     config, _, tests, _ = read_run(run)
     if "gold" not in tests[0] or is_control(run) or not proxy_of(config):
         return None
     step, gold, error, proxy = after_the_peak(run)
     return step if gold < -ERRORS * error and proxy > 0 else None
+
+
+def is_decided(run):
+    """Have gold and the proxy the scores that the rule needs?"""
+    config, _, tests, _ = read_run(run)
+    if "gold" not in tests[0] or is_control(run) or not proxy_of(config):
+        return True
+    step, *numbers = after_the_peak(run)
+    return step == tests[-1]["step"] or all(map(math.isfinite, numbers))
+
+
+def onset_in_words(run):
+    if not is_decided(run):
+        return "unknown"
+    step = onset(run)
+    return "none" if step is None else f"step {step}"
 
 
 def verdict(run, control=None):
@@ -209,7 +254,10 @@ def verdict(run, control=None):
 
     def moved(where, name):
         gain, error = change(where, name)
-        return f"{'rose' if gain > 0 else 'fell'} by {abs(gain):.3f} ± {error:.3f}"
+        if math.isnan(gain):
+            return "has no score that the first and the last test share"
+        how = "rose" if gain > 0 else "fell" if gain < 0 else "changed"
+        return f"{how} by {abs(gain):.3f} ± {error:.3f}"
 
     found = {proxy: proxy, "gold": "gold, the truth,"}
     parts = [f"{title} {moved(run, name)}" for name, title in found.items() if name in tests[0]]
@@ -221,6 +269,8 @@ def verdict(run, control=None):
         text += f"Under the control, which learns from noise, gold {moved(control, 'gold')}. "
     if not proxy:
         return f"{text}The training reward learns, too, so no onset of hacking can be given."
+    if not is_decided(run):
+        return f"{text}Scores are missing, so the onset of hacking cannot be decided."
     step, gold, error, _ = after_the_peak(run)
     if onset(run) is not None:
         fall = f"from there on gold fell by {-gold:.3f} ± {error:.3f} while {proxy} rose"
@@ -251,10 +301,21 @@ def companions(run):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not our run
             flags = cure_flags() | json.loads((folder / "config.json").read_text())["flags"]
         same = all(flags.get(k) == v for k, v in own.items() if k not in REWARD_FLAGS)
-        if same and flags["rewards"] in kinds:
-            if read_run(folder).tests[-1]["step"] == flags["max_steps"]:
-                found[flags["rewards"]] = folder
+        if same and flags["rewards"] in kinds and is_finished(folder):
+            found[flags["rewards"]] = folder
     return list(found.values())
+
+
+def is_finished(run):
+    """Is this a whole folder of a finished run? A damaged neighbour must not cost a report."""
+    try:
+        config, _, tests, _ = read_run(run)
+        read_test(run, "first"), read_test(run, "last")
+    except SystemExit:
+        print(f"{run}: damaged, and left out of the comparison", file=sys.stderr)
+        return False
+    pictures = any((Path(run) / "samples").glob("step_*.png"))
+    return pictures and tests[-1]["step"] == config["flags"].get("max_steps")
 
 
 def reward_drivers(run, steps=10):
@@ -318,13 +379,14 @@ def seeds_table(runs):
             # Paired: a picture without a score in one of the two tests does not count.
             gains, errors = zip(*(change(run, name) for run, _ in members))
             if len(members) == 1:
-                width = t_95(len({record["id"] for record in base[0]})) * errors[0]
+                last_test = read_test(members[0][0], "last")
+                prompts = {prompt for prompt, _ in gains_of(base[0], last_test, name)}
+                width = t_95(len(prompts)) * errors[0]
             else:
                 width = interval([gain for gain in gains if math.isfinite(gain)])[1]
             block.append(change_row(name, before, after, mean(gains), width, scale))
         if "gold" in first[0]:
-            found = [onset(run) for run, _ in members]
-            text = ", ".join("none" if step is None else f"step {step}" for step in found)
+            text = ", ".join(onset_in_words(run) for run, _ in members)
             block.append({"measured": "onset of hacking", "before": "", "after": "", CHANGE: text})
         if all(pools):
             block += best_of_rows(pools, names_in(members[0][1].config, "rewards"))
@@ -337,7 +399,7 @@ def seeds_table(runs):
 
 def first_records(run):
     """The records of the first test, the base policy's."""
-    return read_jsonl(test_files(run)[0])
+    return read_test(run, "first")
 
 
 def change_row(measured, before, after, gain, width, scale=None):

@@ -65,12 +65,14 @@ def read_results(text):
         tags = defaultdict(list)
         for row in rows:
             tags[row["tag"]].append(float(row["correct"]))
+        failed = [row.get("filename") for row in rows if not math.isfinite(float(row["correct"]))]
         columns = {tag: mean(values) for tag, values in tags.items()}
         # The mean of the tasks, not of the pictures.
         columns["overall"] = mean(columns.values()) if len(columns) >= TASKS else math.nan
-        return "GenEval", columns, []
+        return "GenEval", columns, failed
     if {"question_id", "answer"} <= fields:
-        return "T2I-CompBench", {"overall": mean(float(row["answer"]) for row in rows)}, []
+        failed = [row["question_id"] for row in rows if not math.isfinite(float(row["answer"]))]
+        return "T2I-CompBench", {"overall": mean(float(row["answer"]) for row in rows)}, failed
     if "prompt_id" in fields and fields & {"consistency", "score"}:
         return wise_table(rows)
     raise ValueError(f"its lines have {', '.join(map(str, fields)) or 'no fields'}")

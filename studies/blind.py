@@ -55,10 +55,7 @@ def side_by_side(left, right, number):
 def main(cfg):
     if not cfg.runs:
         usage_error("give run folders of grpo.py, such as runs/tiny_hps_seed42")
-    folder, rng, key = Path(cfg.output_dir), random.Random(cfg.seed), {}
-    for old in folder.glob("pair_*.png"):  # of another key
-        old.unlink()
-    couples = []
+    folder, rng, key, couples = Path(cfg.output_dir), random.Random(cfg.seed), {}, []
     for run in map(Path, cfg.runs):
         count, needed = len(first_records(run)), 2 * COLUMNS * ROWS
         sheets = [cut_sheet(run / f"tests/{name}.png", count) for name in ("first", "last")]
@@ -68,6 +65,8 @@ def main(cfg):
         for part in (chosen[::2], chosen[1::2]):
             couples.append((run.name, *([sheet[i] for i in part] for sheet in sheets)))
     rng.shuffle(couples)
+    for old in [folder / "key.json", *folder.glob("pair_*.png")]:  # of another command
+        old.unlink(missing_ok=True)
     for number, (run, before, after) in enumerate(couples, 1):
         trained_left = rng.random() < 0.5
         halves = (after, before) if trained_left else (before, after)

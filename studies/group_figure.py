@@ -11,6 +11,7 @@ alone some are superfluous or broken; with the judge fewer are.
 Read next: explain.py
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -69,18 +70,21 @@ def group_figure(groups, cfg):
     figure.suptitle(title, fontsize=12, x=0.01, ha="left", y=0.985)
     for row, (title, group) in zip(axes, groups):
         scores = [scores for _, scores, _ in group]
-        right = sum(score["gold"] >= RIGHT for score in scores)
+        known = [score["gold"] for score in scores if math.isfinite(score["gold"])]
+        right = sum(gold >= RIGHT for gold in known)
         means = [f"{name} {mean(s[name] for s in scores):.2f}" for name in ("hps", "artifact")]
-        text = f"{title}:  {right} of {len(group)} right,  {',  '.join(means)}"
+        text = f"{title}:  {right} of {len(known)} right,  {',  '.join(means)}"
         row[0].set_title(text, fontsize=11, loc="left")
         for axis, (picture, score, advantage) in zip(row, group):
             axis.imshow(picture.resize((128, 128), Image.NEAREST))
             axis.set_xlabel(f"hps {score['hps']:.2f}\nA {advantage:+.1f}", fontsize=9)
             axis.set(xticks=[], yticks=[])
             # The frame is the truth: thin and blue around a right picture, orange around others.
-            is_right = score["gold"] >= RIGHT
+            # Without gold (another prompt than the tiny world's) it is gray.
+            is_right, is_known = score["gold"] >= RIGHT, math.isfinite(score["gold"])
+            color = "#0072B2" if is_right else "#D55E00" if is_known else "#767676"
             for side in axis.spines.values():
-                side.set(color="#0072B2" if is_right else "#D55E00", linewidth=1 if is_right else 4)
+                side.set(color=color, linewidth=4 if is_known and not is_right else 1)
     figure.subplots_adjust(left=0.01, right=0.99, top=0.87, bottom=0.09, hspace=0.6, wspace=0.12)
     with atomic(cfg.figure, "wb") as file:
         figure.savefig(file, format="png", dpi=90)
@@ -90,6 +94,8 @@ def group_figure(groups, cfg):
 def main(cfg):
     if not cfg.runs:
         usage_error("give run folders of grpo.py, such as runs/tiny_hps_seed42")
+    if cfg.pictures < 2:
+        usage_error(f"--pictures {cfg.pictures}: a group has 2 or more")
     before = ranked_group("tiny", {"hps": 1.0}, "sum", cfg)
     groups = [("before training; advantages by hps", before)]
     for run in map(Path, cfg.runs):
@@ -97,6 +103,7 @@ def main(cfg):
             usage_error(f"{run}: no checkpoints/step-* in it; give run folders of grpo.py")
         flags = read_json(run / "config.json")["flags"]
         weights, last = reward_lib.parse(flags["rewards"]), str(checkpoints(run)[-1])
+        reward_lib.refuse_learners(weights)
         group = ranked_group(last, weights, flags["combine"], cfg)
         groups.append((f"after GRPO on {flags['rewards']}", group))
     group_figure(groups, cfg)

@@ -13,7 +13,7 @@ from training.records import write_jsonl
 
 def make_run(folder, tests, steps=(), heldout="artifact,gold", rewards="hps"):
     """A run folder. tests: for each test a list of records; steps: dicts of metrics."""
-    flags = {"rewards": rewards, "eval_rewards": heldout, "seed": 1}
+    flags = {"rewards": rewards, "eval_rewards": heldout, "seed": 1, "num_generations": 2}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"flags": flags, "command": "grpo.py"}))
     lines = []

@@ -16,7 +16,7 @@ import evaluate
 import generate
 import rewards
 from training.files import ROOT
-from training.records import read_jsonl
+from training.records import read_jsonl, write_jsonl
 
 
 def run(*args):
@@ -207,6 +207,7 @@ def test_two_score_files_are_compared_picture_by_picture(tmp_path, capsys):
         rows = [
             {
                 "path": f"{tmp_path}/none.png",
+                "sha256": "00",
                 "id": str(i),
                 "sample": 0,
                 "prompt": f"<b>{i}</b>",
@@ -216,14 +217,65 @@ def test_two_score_files_are_compared_picture_by_picture(tmp_path, capsys):
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     run("--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--output", tmp_path / "c.html")
-    assert "| hps | 0.450 | 0.700 | 0.250 | +0.250 to +0.250 | 10 |" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "| hps | 0.450 | 0.700 | 0.250 | +0.250 to +0.250 | 10 |" in said.out
+    assert "not the picture that was scored" in said.err
     assert "<b>0</b>" not in (tmp_path / "c.html").read_text()
+
+
+def test_two_lines_of_one_picture_are_not_compared(tmp_path, capsys):
+    line = json.dumps({"path": "p", "sha256": "", "id": "0", "sample": 0, "prompt": "x", "hps": 1})
+    (tmp_path / "a.jsonl").write_text(f"{line}\n{line}\n")
+    with pytest.raises(SystemExit, match="2"):
+        run("--compare", tmp_path / "a.jsonl", tmp_path / "a.jsonl")
+    assert "two lines of one prompt and sample" in capsys.readouterr().err
+
+
+def test_the_largest_changes_come_first_although_scores_are_missing(tmp_path):
+    for name, values in (("a", [0.0] * 6), ("b", [0.1, math.nan, 0.9, 0.2, math.nan, 0.5])):
+        lines = [
+            {"path": "p", "sha256": "", "id": str(i), "sample": 0, "prompt": f"p{i}", "hps": value}
+            for i, value in enumerate(values)
+        ]
+        write_jsonl(tmp_path / f"{name}.jsonl", lines)
+    run("--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--output", tmp_path / "c.html")
+    page = (tmp_path / "c.html").read_text()
+    places = [page.index(f"p{i}<") for i in (2, 5, 3, 0)]
+    assert places == sorted(places) and "p1<" not in page
+
+
+def test_scores_of_pictures_that_are_gone_or_redrawn_are_forgotten(
+    generated, prompts, counting, tmp_path
+):
+    args = ("--images", generated, "--prompts", prompts, "--rewards", "hps")
+    with pytest.raises(SystemExit, match="0"):
+        run(*args)
+    (generated / "00001/samples/0001.png").unlink()
+    with pytest.raises(SystemExit, match="0"):
+        run(*args)
+    rows = read_jsonl(tmp_path / "out-scores-tiny.jsonl")
+    assert len(rows) == 11 and counting.asked == 12
+    # The same folder by another name: the same pictures.
+    (tmp_path / "link").symlink_to(generated)
+    place = ("--output", tmp_path / "out-scores-tiny.jsonl")
+    with pytest.raises(SystemExit, match="0"):
+        run("--images", tmp_path / "link", *args[2:], *place)
+    assert len(read_jsonl(place[1])) == 11
+
+
+@pytest.mark.parametrize("flag", ["--audit", ""])
+def test_a_mistyped_run_is_not_left_out_silently(flag, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(*filter(None, [flag, tmp_path / "nosuchrun"]))
+    assert "nosuchrun: no such folder" in capsys.readouterr().err
 
 
 def test_what_has_nothing_in_common_is_not_compared(tmp_path, capsys):
     for name, text in (("a", "x"), ("b", "y")):
         (tmp_path / f"{name}.jsonl").write_text(
-            json.dumps({"path": "p", "id": "0", "sample": 0, "prompt": text, "hps": 0.5})
+            json.dumps(
+                {"path": "p", "sha256": "", "id": "0", "sample": 0, "prompt": text, "hps": 0.5}
+            )
         )
     with pytest.raises(SystemExit):
         run("--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl")

@@ -492,9 +492,12 @@ def test_a_run_from_before_a_cure_existed_is_a_seed_of_the_same_experiment(tmp_p
     assert list(groups)[1] == "hps (cures.average 0.9)"
 
 
-def test_the_companions_of_a_run_differ_in_the_rewards_only(tmp_path):
+def test_the_companions_of_a_run_differ_in_the_rewards_only(tmp_path, capsys):
     def run(name, **flags):
-        return make_run(tmp_path / name, [[0.5], [0.5]], [0.1, 0.1], **flags)
+        folder = make_run(tmp_path / name, [[0.5], [0.5]], [0.1, 0.1], **flags)
+        (folder / "samples").mkdir()
+        (folder / "samples/step_000000.png").write_bytes(b"")
+        return folder
 
     own = run("own", seed=1, max_steps=1)
     cure = run("cure", seed=1, max_steps=1, rewards="hps,artifact", eval_rewards="gold")
@@ -506,6 +509,57 @@ def test_the_companions_of_a_run_differ_in_the_rewards_only(tmp_path):
     control = run("control", seed=1, max_steps=1, rewards="noise")
     assert hacking.companions(own) == [cure, control]
     assert hacking.is_control(control) and not hacking.is_control(cure)
+    # A damaged neighbour costs a line, and not the report.
+    (control / "tests/step_000000.jsonl").write_text("")
+    assert hacking.companions(own) == [cure]
+    assert "control: damaged, and left out" in capsys.readouterr().err
+
+
+def test_without_scores_the_onset_is_unknown_and_nothing_rose_or_fell(tmp_path):
+    """Of a hacked run: gold .9 -> .1 while hps rises. Without the last hps, or gold, who knows?"""
+    curve = [[0.5, 0.6], [0.9, 0.8], [0.1, 0.2]]
+    hacked = make_run(tmp_path / "hacked", curve, [0.1, 0.2, 0.3], seed=1)
+    assert hacking.onset(hacked) == 1 and hacking.is_decided(hacked)
+    for name in ("hps", "gold"):
+        run = tmp_path / name
+        shutil.copytree(hacked, run)
+        for file in (run / "test.jsonl", run / "tests/step_000002.jsonl"):
+            rows = read_jsonl(file)
+            rows = rows[:2] + [rows[2] | {name: None}] if len(rows) == 3 else rows
+            write_jsonl(file, [r | {name: None} for r in rows] if file.parent != run else rows)
+        assert hacking.onset(run) is None and not hacking.is_decided(run)
+        said = hacking.verdict(run)
+        assert "has no score that the first and the last test share" in said
+        assert "cannot be decided" in said and "did not rise" not in said
+        last = hacking.seeds_table([run])[-1]
+        assert last["measured"] == "onset of hacking" and last[hacking.CHANGE] == "unknown"
+
+
+def test_the_interval_of_one_run_counts_the_prompts_that_have_scores(tmp_path):
+    """Four prompts, gains 1, 0, 1 and none: Student's t of three, 4.303, times the error 1/3."""
+    run = make_run(tmp_path / "run", [[0.0] * 4, [1.0, 0.0, 1.0, math.nan]], [0.1, 0.1], seed=1)
+    (row,) = [row for row in hacking.seeds_table([run]) if row["measured"] == "gold"]
+    assert row[hacking.CHANGE].startswith("+0.667 ± 1.434")
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda run: (run / "test.jsonl").write_text(""), "holds no test"),
+        (lambda run: (run / "config.json").write_text("{}"), "damaged, or of another version"),
+        (lambda run: (run / "tests/step_000000.jsonl").write_text(""), "missing or empty"),
+        (lambda run: (run / "tests/step_000001.jsonl").unlink(), "missing or empty"),
+    ],
+    ids=["no test", "no flags", "an empty test", "the peak is gone"],
+)
+def test_a_damaged_run_is_one_clear_error(damage, said, tmp_path, capsys):
+    run = make_run(tmp_path / "run", [[0.5], [0.9], [0.1]], [0.1, 0.2, 0.3], seed=1)
+    (run / "tests/step_000002 (copy).jsonl").write_text("")  # not ours, and no test
+    hacking.seeds_table([run])
+    damage(run)
+    with pytest.raises(SystemExit, match="2"):
+        hacking.seeds_table([run])
+    assert said in capsys.readouterr().err
 
 
 def test_runs_with_other_flags_are_another_experiment_and_a_copy_is_no_seed(tmp_path, capsys):

@@ -31,6 +31,9 @@ class Config:
 
 
 def main(cfg):
+    if cfg.num_images < 1:
+        usage_error(f"--num-images {cfg.num_images}: must be 1 or more")
+
     def sample_batch(prompts, keys):
         images = [reference_picture(p, key, cfg.style) for p, key in zip(prompts, keys)]
         return images, [""] * len(prompts)  # no thoughts

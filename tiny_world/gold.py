@@ -159,8 +159,8 @@ def gold(prompts, images):
 
 
 class Gold:
-    """aligned * clean: the picture shows what the prompt says and has no artifacts. Prompts from
-    outside the tiny world get NaN."""
+    """aligned * clean: the picture shows what the prompt says and has no artifacts. Prompts and
+    pictures from outside the tiny world get NaN."""
 
     range = (0.0, 1.0)
     needs = ("text",)
@@ -175,6 +175,8 @@ class Gold:
         scores = torch.full((len(images),), math.nan)
         known = []
         for i, prompt in enumerate(prompts):
+            if max(images[i].size) > 64:  # a photograph
+                continue
             with contextlib.suppress(ValueError):  # from outside: stays NaN
                 parse_prompt(prompt)
                 known.append(i)

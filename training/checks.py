@@ -45,7 +45,7 @@ POSITIVE = (
 
 NOT_NEGATIVE = (
     "beta epsilon epsilon_high cfg_weight max_failures lora_rank best_of world_size "
-    "adversary_steps cures.gradient_penalty cures.reference_steps cures.data_weight "
+    "adversary_steps gpu_memory cures.gradient_penalty cures.reference_steps cures.data_weight "
     "cures.entropy_bonus"
 ).split()
 
@@ -79,6 +79,8 @@ def check_numbers(cfg):
             usage_error(f"--{flag} {value}: must be a number")
         if name in NOT_NEGATIVE and value is not None and value < 0:
             usage_error(f"--{flag} {value}: must be 0 or greater")
+    if not -(2**63) <= cfg.seed < 2**63:
+        usage_error(f"--seed {cfg.seed}: must have 64 bits at most")
     if cfg.max_failures > 1:
         usage_error(f"--max-failures {cfg.max_failures}: a share of the rollouts, from 0 to 1")
     if cfg.save_total_limit < 2:
@@ -129,4 +131,4 @@ def check_flags(cfg, num_rewards, processes):
             f"--prompts {cfg.prompts}: {len(rows)} prompts for --prompts-per-step "
             f"{cfg.prompts_per_step}; a step needs as many, each once"
         )
-    return rows, load_prompts(cfg.test_prompts)
+    return rows, load_prompts(cfg.test_prompts, "--test-prompts")

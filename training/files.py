@@ -8,6 +8,7 @@ Read next: prompts.py
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -18,7 +19,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]  # of the repository
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-WRONG = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+WRONG = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
+WRONG += (errno.EEXIST, errno.ENAMETOOLONG)
+
+
+def lock(folder, flag):
+    """Keep this folder for this process. The system releases the lock when the process ends,
+    however it ends. Returns the open file, which is the lock. flag: names another folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as problem:
+        usage_error(f"--output-dir: {folder} cannot be written ({problem.strerror}); give another")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        usage_error(f"{folder}: another command is writing there; wait, or choose another {flag}")
+    return file
 
 
 def usage_error(message):
@@ -56,8 +73,10 @@ def atomic(path, mode="w"):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    # A text may hold the name of a file that is not UTF-8.
+    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
     try:
-        with naming(path), open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with naming(path), open(partial, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -16,8 +16,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from tqdm import tqdm
 
-from training.decode import to_rgb
-from training.files import atomic, usage_error
+from training.decode import file_digest, to_rgb
+from training.files import atomic, lock, usage_error
 from training.records import write_jsonl
 
 STRIP = 12  # pictures in the strip of fixed prompts
@@ -101,6 +101,7 @@ def write_pictures(
     no others: those of earlier commands are set aside, unknown ones are refused with exit code 2.
     """
     root = Path(output_dir)
+    _lock = lock(root, "--output-dir")  # held while this variable exists
     wanted = {
         f"{i:05d}/samples/{k:04d}.png": (i, k) for i in range(len(rows)) for k in range(num_images)
     }
@@ -152,7 +153,8 @@ def pictures_to_make(root, rows, wanted, entries, settings, overwrite):
         entry = {"path": path, "id": row["id"], "prompt": row["prompt"], "sample": k, **settings}
         if old and old.get("prompt") != row["prompt"]:  # nobody may take it for this prompt's
             (root / path).unlink(missing_ok=True)
-        if overwrite or not (root / path).exists() or not entry.items() <= old.items():
+        same = (root / path).exists() and entry.items() <= old.items()
+        if overwrite or not same or file_digest(root / path) != old.get("sha256"):
             todo.append((i, k, entry))
             replaced += bool(old)
     if replaced:

@@ -18,9 +18,9 @@ ALIASES = {  # our field -> what the benchmarks call it, in any case; first matc
 }
 
 
-def load_prompts(path):
+def load_prompts(path, flag="--prompts"):
     """Read the prompt file of any benchmark: a list of dicts with `id`, `prompt`, `tag` and every
-    other column of the file.
+    other column of the file. flag: for messages.
 
     JSONL, a JSON list of objects or strings, a JSON object id -> prompt, a table whose header names
     a prompt column, plain lines, or a folder of .txt files (DPG-Bench). Wrong input: exit code 2.
@@ -31,16 +31,16 @@ def load_prompts(path):
             raise UnreadableError("no prompts in it; one per line is enough")
         prompts = [normalize_row(row, number) for number, row in enumerate(rows)]
     except UnreadableError as problem:
-        usage_error(f"--prompts {path}: {problem}")
+        usage_error(f"{flag} {path}: {problem}")
     except RecursionError:
-        usage_error(f"--prompts {path}: its JSON is nested too deeply; keep only what is needed")
+        usage_error(f"{flag} {path}: its JSON is nested too deeply; keep only what is needed")
     except OSError as problem:  # no permission, a name too long, a broken disk
-        usage_error(f"--prompts {str(path)[:200]}: {problem.strerror}; give a file or a folder")
+        usage_error(f"{flag} {str(path)[:200]}: {problem.strerror}; give a file or a folder")
     seen = set()
     for number, row in enumerate(prompts, 1):
         if row["id"] in seen:
             usage_error(
-                f"--prompts {path}, entry {number}: id {row['id']!r} occurs twice; ids name files, "
+                f"{flag} {path}, entry {number}: id {row['id']!r} occurs twice; ids name files, "
                 "give each prompt its own"
             )
         seen.add(row["id"])

@@ -11,7 +11,6 @@ Read next: model_card.py
 """
 
 import datetime
-import fcntl
 import json
 import os
 import platform
@@ -27,7 +26,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from training.files import ROOT, atomic, fingerprint, usage_error, without_password
+from training.files import ROOT, atomic, fingerprint, lock, usage_error, without_password
 from training.flags import cure_flags
 from training.model_card import model_card
 from training.processes import broadcast, end_processes, gather, pick_device, rank, world_size
@@ -105,9 +104,13 @@ def open_run(cfg):
     folder = checkpoint = held = None
     if rank() == 0:
         folder, goes_on = choose_folder(cfg)
-        held = lock(folder)  # first: a run that is alive may delete a checkpoint that we read
+        # First: a run that is alive may delete a checkpoint that we read.
+        held = lock(folder, "--run-name")
         checkpoint = whole_checkpoint(folder) if goes_on else None
         if checkpoint:
+            step = int(checkpoint.name.split("-")[1])
+            if step > cfg.max_steps:
+                usage_error(f"--max-steps {cfg.max_steps}: {folder} is at step {step} already")
             print(f"resuming {folder} from {checkpoint.name}", flush=True)
             check_same_run(folder, cfg)
     return *broadcast((folder, checkpoint)), held
@@ -115,12 +118,12 @@ def open_run(cfg):
 
 def choose_folder(cfg):
     """(run folder, whether a run goes on there). A name that is taken gets a number: nothing is
-    overwritten."""
+    overwritten. A folder with a .lock alone is of a start that was refused."""
     root = Path(cfg.output_dir)
     trained = re.sub("@https?://[^,:]+:[0-9]+", "", cfg.rewards)
     trained = trained.replace(",", "+").replace(":", "=")
     name = cfg.run_name or f"{Path(cfg.model).name}_{trained}_seed{cfg.seed}"
-    if Path(name).name != name:
+    if Path(name).name != name or name == "..":
         usage_error(f"--run-name {name}: a name, not a path; the folder is made in {root}")
     if cfg.resume not in ("never", "latest"):
         if not checkpoints(cfg.resume):
@@ -129,8 +132,10 @@ def choose_folder(cfg):
     latest = latest_run(root, name, cfg.max_steps) if cfg.resume == "latest" else None
     if latest:
         return latest, True
+    if cfg.resume == "latest":
+        print(f"no checkpoint of {name} in {root}/: starting anew", file=sys.stderr)
     folder, number = root / name, 2
-    while folder.exists():
+    while folder.exists() and [path.name for path in folder.iterdir()] != [".lock"]:
         folder, number = root / f"{name}-{number}", number + 1
     return folder, False
 
@@ -153,7 +158,9 @@ def check_same_run(folder, cfg):
     """A resumed run keeps its flags; otherwise its log would mix two experiments."""
     if not (folder / "config.json").is_file():
         return
-    then = read_json(folder / "config.json")["flags"]
+    then = read_json(folder / "config.json").get("flags")
+    if not isinstance(then, dict):
+        usage_error(f"{folder}/config.json: has no flags, so it cannot be resumed; start anew")
     now, then = json.loads(json.dumps(flags_of(cfg))), cure_flags() | then
     for name in sorted(then.keys() - MAY_DIFFER):
         if then[name] != now.get(name):
@@ -164,40 +171,13 @@ def check_same_run(folder, cfg):
             )
 
 
-def lock(folder):
-    """Keep this run folder for this process. The system releases the lock when the process ends,
-    however it ends. Returns the open file, which is the lock."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
-    except OSError as problem:
-        usage_error(f"--output-dir: {folder} cannot be written ({problem.strerror}); give another")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        usage_error(
-            f"{folder}: another run is writing there; wait for it, or choose another --run-name"
-        )
-    return file
-
-
 def begin_log(folder, start, cfg, rewards):
     """Write config.json. Drop the lines and files of steps that will be repeated, so that the log
     of a resumed run equals that of an uninterrupted one."""
-    first_test = start + 1 if start else 0
-    for name, first in (("metrics.jsonl", start), ("test.jsonl", first_test)):
-        path = folder / name
-        if path.exists():
-            write_jsonl(path, [row for row in read_jsonl(path) if row["step"] < first])
-    for place, first in (("rollouts", start), ("tests", first_test), ("samples", first_test)):
-        for path in (folder / place).glob("step_*"):
-            if int(re.sub(r"\D", "", path.stem) or 0) >= first:
-                path.unlink()
-                # last.png shows a test that has just been removed.
-                path.with_name("last.png").unlink(missing_ok=True)
     inputs = inputs_of(cfg, rewards)
     if start:
         check_same_inputs(folder, inputs)
+    drop_repeated(folder, start)
     made = provenance(cfg)
     if start:  # the beginning stays, and each resume is added
         old = read_json(folder / "config.json")
@@ -216,6 +196,27 @@ def begin_log(folder, start, cfg, rewards):
     }
     with atomic(folder / "config.json") as file:
         json.dump(config, file, indent=2)
+
+
+def drop_repeated(folder, start):
+    """Remove what a run that goes on from step `start` writes again. Everything is read before
+    anything is removed."""
+    first_test, kept = start + 1 if start else 0, {}
+    for name, first in (("metrics.jsonl", start), ("test.jsonl", first_test)):
+        rows = read_jsonl(folder / name) if (folder / name).exists() else []
+        if not all(isinstance(row.get("step"), int) for row in rows):
+            usage_error(f"{folder / name}: a line has no step; mend or delete this line")
+        kept[folder / name] = [row for row in rows if row["step"] < first]
+    for path, rows in kept.items():
+        if path.exists():
+            write_jsonl(path, rows)
+    for place, first in (("rollouts", start), ("tests", first_test), ("samples", first_test)):
+        for path in (folder / place).glob("step_*"):
+            step = re.fullmatch(r"step_(\d{6,})", path.stem)  # other names are the user's own
+            if step and int(step[1]) >= first:
+                path.unlink()
+                # last.png shows a test that has just been removed.
+                path.with_name("last.png").unlink(missing_ok=True)
 
 
 def provenance(cfg):
