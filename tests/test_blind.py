@@ -32,6 +32,13 @@ def test_the_key_says_on_which_side_the_trained_policy_is(tmp_path):
         assert {"a": 0, "b": 255}[entry["run"]] == left[..., 0].max() == left[..., 0].min()
 
 
+def test_a_refused_command_leaves_the_earlier_pairs(tmp_path, capsys):
+    (tmp_path / "pair_01.png").write_text("mine")
+    with pytest.raises(SystemExit):
+        blind.main(blind.Config((str(tmp_path / "mistyped"),), str(tmp_path)))
+    assert (tmp_path / "pair_01.png").exists()
+
+
 def test_a_blind_test_needs_runs(capsys):
     with pytest.raises(SystemExit):
         blind.main(blind.Config(()))

@@ -94,6 +94,9 @@ def test_geneval_overall_is_the_mean_of_tasks_not_of_pictures(tmp_path):
     rows += [{"tag": tag, "correct": False} for tag in "abcde"]
     write_jsonl(tmp_path / "r.jsonl", rows)
     assert official_scores.summarize(tmp_path / "r.jsonl")[1]["overall"] == pytest.approx(0.75 / 6)
+    rows.append({"tag": "a", "correct": None, "filename": "x.png"})
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)).replace("null", "NaN"))
+    assert official_scores.summarize(tmp_path / "r.jsonl")[2] == ["x.png"]
 
 
 def test_dpg_and_compbench_results_are_read(tmp_path):

@@ -25,7 +25,7 @@ import generate
 import grpo
 from reward_models import serving
 from reward_models.image_statistics import Jpeg
-from training import checks, cures, log, processes, run_folder, stopping, trackers
+from training import checks, cures, files, log, processes, run_folder, stopping, trackers
 from training.files import ROOT
 from training.policy import trainable
 from training.prompts import load_prompts
@@ -197,14 +197,14 @@ def test_a_signal_ends_with_a_checkpoint_and_a_second_run_in_the_same_folder_is_
     process = start([*SMALL, "--max-steps", "1000", *where])
     wait_for_lines(tmp_path / "long/metrics.jsonl", 1, process)
     with pytest.raises(SystemExit):
-        run_folder.lock(tmp_path / "long")
+        files.lock(tmp_path / "long", "--run-name")
     started = time.monotonic()
     process.send_signal(number)
     _, err = finish(process, 128 + number)
     (saved,) = run_folder.checkpoints(tmp_path / "long")
     assert time.monotonic() - started < 30 and f"asked to stop; saved {saved}" in err
     assert "Traceback" not in err
-    run_folder.lock(tmp_path / "long").close()  # the folder is free again
+    files.lock(tmp_path / "long", "--run-name").close()  # the folder is free again
 
 
 def limited(kilobytes, command):
@@ -344,7 +344,7 @@ def test_a_killed_launcher_leaves_no_process(when, tmp_path):
     process.kill()
     _, err = process.communicate(timeout=120)  # until the last of them has closed the pipe
     assert "torchrun is gone; ending without saving" in err  # one may miss the other first
-    run_folder.lock(tmp_path / "orphans")
+    files.lock(tmp_path / "orphans", "--run-name")
 
 
 def test_a_process_of_a_group_ends_with_its_code_and_runs_what_libraries_registered():
@@ -413,10 +413,48 @@ def test_the_latest_run_is_the_unfinished_one_that_saved_last(tmp_path):
     assert run_folder.latest_run(tmp_path, "c", 100) is None
 
 
-def test_a_run_without_a_checkpoint_keeps_its_log_and_the_next_takes_another_name(tmp_path, config):
+def test_a_run_without_a_checkpoint_keeps_its_log_and_the_next_takes_another_name(
+    tmp_path, config, capsys
+):
     (tmp_path / "a").mkdir()
+    (tmp_path / "a/.lock").touch()
     cfg = config(resume="latest", output_dir=str(tmp_path), run_name="a")
+    # A lock alone is of a start that was refused: README's names stay free.
+    assert run_folder.choose_folder(cfg) == (tmp_path / "a", False)
+    assert "no checkpoint of a in" in capsys.readouterr().err
+    (tmp_path / "a/config.json").touch()
     assert run_folder.choose_folder(cfg) == (tmp_path / "a-2", False)
+
+
+def test_a_run_is_not_resumed_to_end_before_it_is(whole_run, config, tmp_path, capsys):
+    shutil.copytree(whole_run, tmp_path / "run")
+    cfg = config(resume=str(tmp_path / "run"), max_steps=3)
+    with pytest.raises(SystemExit, match="2"):
+        run_folder.open_run(cfg)
+    assert "is at step 4 already" in capsys.readouterr().err
+
+
+def test_a_resume_that_is_refused_removes_nothing(tmp_path, config, capsys):
+    cfg = config(prompts=str(tmp_path / "prompts.txt"))
+    (tmp_path / "prompts.txt").write_text("a red star\n")
+    run_folder.begin_log(tmp_path, 0, cfg, {})
+    write_jsonl(tmp_path / "metrics.jsonl", [{"step": n} for n in range(4)])
+    own = tmp_path / "rollouts/step_000003 (copy).jsonl"
+    write_jsonl(own, [])
+    write_jsonl(tmp_path / "rollouts/step_000003.jsonl", [])
+    (tmp_path / "prompts.txt").write_text("a red sky\n")
+    with pytest.raises(SystemExit, match="2"):
+        run_folder.begin_log(tmp_path, 2, cfg, {})
+    (tmp_path / "prompts.txt").write_text("a red star\n")
+    (tmp_path / "test.jsonl").write_text('{"step": null}\n')  # found before anything is written
+    with pytest.raises(SystemExit, match="2"):
+        run_folder.begin_log(tmp_path, 2, cfg, {})
+    assert "a line has no step" in capsys.readouterr().err
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 4
+    (tmp_path / "test.jsonl").unlink()
+    run_folder.begin_log(tmp_path, 2, cfg, {})
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 2
+    assert [file.name for file in (tmp_path / "rollouts").iterdir()] == [own.name]
 
 
 def test_checkpoints_have_numbers_and_one_that_was_being_replaced_comes_back(tmp_path):
@@ -734,6 +772,10 @@ BAD_USAGE = [
     ("--prompts-per-step 600", "as many, each once"),
     ("--references /nowhere --rewards adversarial", "manifest.jsonl"),
     ("--shard", "--nproc-per-node"),
+    ("--rewards hps:0", "a weight other than 0"),
+    ("--seed 99999999999999999999", "64 bits"),
+    ("--run-name ..", "a name, not a path"),
+    ("--test-prompts /nowhere", "--test-prompts /nowhere"),
     ("--eval-rewards gold:.5", "only --rewards of grpo.py has weights"),
     ("--guidance none --cfg-weight 3", "none has no weight"),
 ]

@@ -9,6 +9,7 @@ from conftest import TEXTS, picture
 from PIL import Image
 
 from evaluation import exports, layouts
+from training import files
 from training.pictures import read_manifest, write_pictures
 from training.prompts import load_prompts
 from training.records import write_jsonl
@@ -306,7 +307,8 @@ def draw(root, prompts, num_images, **settings):
 
 
 def files_of(root):
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    files = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    return sorted(set(files) - {".lock"})
 
 
 LAYOUTS = ["t2i-compbench", "wise", "dpg", "hpdv2"]
@@ -433,6 +435,20 @@ def test_what_only_resembles_an_unfinished_file_of_ours_stays(tmp_path, capsys):
 
 
 # --- generate.py's own folder ---------------------------------------------------------------------
+
+
+def test_one_command_at_a_time_writes_into_a_folder(tmp_path, capsys):
+    _held = files.lock(tmp_path / "out", "--output-dir")
+    assert "choose another --output-dir" in refusal(capsys, draw, tmp_path / "out", TEXTS, 1)
+
+
+def test_a_picture_that_is_not_the_one_that_was_made_is_made_again(tmp_path, capsys):
+    draw(tmp_path / "out", TEXTS, 1)
+    path = tmp_path / "out/00001/samples/0000.png"
+    made = path.read_bytes()
+    picture((1, 2, 3)).save(path)
+    draw(tmp_path / "out", TEXTS, 1)
+    assert path.read_bytes() == made and "1 pictures made" in capsys.readouterr().out
 
 
 def test_a_smaller_command_sets_the_other_pictures_aside(tmp_path, capsys):

@@ -101,6 +101,8 @@ def test_what_this_world_cannot_draw_is_no_prompt_of_it(prompt, tmp_path, capsys
     with pytest.raises(ValueError, match="up to four objects"):
         parse_prompt(prompt)
     assert Gold()([prompt], [to_image(world.draw([]))]).isnan().all()
+    photograph = to_image(world.draw([])).resize((65, 65))
+    assert Gold()(["a red circle"], [photograph]).isnan().all()
     (tmp_path / "prompts.txt").write_text(f"a red star\n{prompt}\n")
     with pytest.raises(SystemExit, match="2"):
         draw.main(draw.Config(prompts=str(tmp_path / "prompts.txt"), output_dir=str(tmp_path)))
