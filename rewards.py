@@ -350,7 +350,7 @@ def combine(scores, weights, group_size, how="sum", multipliers=None):
         return (z * weight).sum(1)
     if how == "min":
         return z.min(1).values
-    return z.mean(1) - 0.5 * z.var(1, correction=0) * (how == "uwo")
+    return z.mean(1) - 0.5 * z.var(1, correction=0) * (how == "uwo")  # mean, or uwo
 
 
 # --- command line -------------------------------------------------------------------------------

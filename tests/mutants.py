@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 METHOD, GENERATE = "tests/test_method.py", "tests/test_generate.py"
 UPDATE = "tests/test_update.py"
 ROLLOUT = (
-    "tests/test_grpo.py::test_a_rollout_that_does_not_fit_is_sampled_in_two_halves_and_is_the_same "
+    "tests/test_grpo.py::test_a_rollout_that_does_not_fit_is_sampled_in_halves_and_is_the_same "
     "tests/test_grpo.py::test_a_large_rollout_is_sampled_in_batches_and_is_the_same"
 )
 TARGETS = [  # (file, its functions, the tests that must notice)

@@ -243,7 +243,7 @@ def test_roles_are_read_from_the_flags():
 
 
 BAD_ROLES = [
-    ("", "gold", "sum", "--rewards is empty"),
+    ("", "gold", "sum", "a weight other than 0"),
     ("hps,artifact", "gold,artifact,hps", "sum", "cannot be held out"),
     ("hps,edges,entropy", "", "sum", "--rewards edges, entropy: an image statistic"),
     ("hps", "adversarial,adversarial-pickscore", "sum", "adversarial, adversarial-pickscore: it"),
