@@ -402,7 +402,11 @@ def test_a_dry_run_says_whether_it_fits_and_what_would_help(capsys):
     grpo.main(grpo.Config(**flags))
     said = capsys.readouterr().out
     assert "does not fit into 80 GB" in said and "--shard" in said
-    grpo.main(grpo.Config(**flags, shard=True, micro_batch=8, gradient_checkpointing=True))
+    flags |= {"shard": True, "micro_batch": 8, "gradient_checkpointing": True}
+    grpo.main(grpo.Config(**flags))
+    said = capsys.readouterr().out  # 68 pictures of a test at a time
+    assert "does not fit into 80 GB" in said and "a smaller --rollout-batch" in said
+    grpo.main(grpo.Config(**flags, rollout_batch=16))
     assert "\nfits into 80 GB" in capsys.readouterr().out
 
 
