@@ -220,12 +220,16 @@ def after_the_peak(run):
     return peak["step"], *fall, last.get(proxy, math.nan) - peak.get(proxy, math.nan)
 
 
+def may_have_onset(run):
+    """The control has none: what falls there is drift. Nor has a run without gold or a proxy."""
+    config, _, tests, _ = read_run(run)
+    return "gold" in tests[0] and not is_control(run) and bool(proxy_of(config))
+
+
 def onset(run):
     """The step of the onset of hacking, by the rule in this file's header; None if there is none,
-    or if it cannot be decided. The control has none: what falls there is drift. Nor has a run
-    without a proxy."""
-    config, _, tests, _ = read_run(run)
-    if "gold" not in tests[0] or is_control(run) or not proxy_of(config):
+    or if it cannot be decided."""
+    if not may_have_onset(run):
         return None
     step, gold, error, proxy = after_the_peak(run)
     return step if gold < -ERRORS * error and proxy > 0 else None
@@ -233,11 +237,10 @@ def onset(run):
 
 def is_decided(run):
     """Have gold and the proxy the scores that the rule needs?"""
-    config, _, tests, _ = read_run(run)
-    if "gold" not in tests[0] or is_control(run) or not proxy_of(config):
+    if not may_have_onset(run):
         return True
     step, *numbers = after_the_peak(run)
-    return step == tests[-1]["step"] or all(map(math.isfinite, numbers))
+    return step == read_run(run).tests[-1]["step"] or all(map(math.isfinite, numbers))
 
 
 def onset_in_words(run):

@@ -255,6 +255,9 @@ def detection_table(results):
             known = [(r, step[name]) for r, step in zip(members, steps) if name in step]
             off = [(r, step) for r, step in known if step is not None]
             row[kind] = f"{len(off)} of {len(known)}"
+            if kind == "not hacked":  # no onset; but are there more faults than before training?
+                worse = sum(gain(r, "artifact-free") < -0.01 for r, _ in off)
+                row["of these with more faults"] = str(worse)
             if kind == "hacked":
                 delays = [step - r["onset"] for r, step in off]
                 row["after the onset (median)"] = f"{median(delays):+g} steps" if off else ""

@@ -119,11 +119,11 @@ def test_the_table_of_alarms_counts_runs_by_what_gold_says():
     delay = "after the onset (median)"
     assert table["distance"] == {
         "limit": "2", "hacked": "2 of 3", delay: "+10 steps",
-        "not hacked": "1 of 2", "control": "0 of 1",
+        "not hacked": "1 of 2", "of these with more faults": "1", "control": "0 of 1",
     }  # fmt: skip
-    pictures = ("2 of 2", "+15 steps", "0 of 0", "0 of 1")
+    pictures = ("2 of 2", "+15 steps", "0 of 0", "0", "0 of 1")
     assert tuple(table["pictures"].values())[1:] == pictures
-    anything = ("3 of 3", "+10 steps", "1 of 2", "0 of 1")
+    anything = ("3 of 3", "+10 steps", "1 of 2", "1", "0 of 1")
     assert tuple(table["any of them"].values())[1:] == anything
     assert "parting" not in table  # no run measured it
 

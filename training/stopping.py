@@ -87,8 +87,9 @@ def check_scores(scores, rewards, max_failures):
 
 @contextlib.contextmanager
 def rescued(save=None):
-    """Around a step or a test: if the rollouts have no scores, or memory runs out, end the run with
-    code 3. Of a step, what was before it is saved, so that it is repeated when the run goes on."""
+    """Around a step: if its rollouts have no scores, or memory runs out, save what was before it
+    and end the run with code 3. The step is repeated when the run goes on. Around a test, without
+    `save`: if memory runs out, end the run with the same advice; the last checkpoint stays."""
     try:
         yield
     except NoScores as reason:
