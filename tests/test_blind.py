@@ -32,6 +32,20 @@ def test_the_key_says_on_which_side_the_trained_policy_is(tmp_path):
         assert {"a": 0, "b": 255}[entry["run"]] == left[..., 0].max() == left[..., 0].min()
 
 
+def test_answers_are_counted_by_the_key(tmp_path, capsys):
+    sides = {"a_seed1": "left", "b_seed1": "right", "b_seed2": "left"}
+    key = {
+        f"pair_{i}": {"run": run, "trained": side} for i, (run, side) in enumerate(sides.items())
+    }
+    (tmp_path / "key.json").write_text(json.dumps(key))
+    blind.main(blind.Config(answers="LRR", output_dir=str(tmp_path)))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("chosen in ")[1] for line in lines] == ["1 of 1 pairs", "1 of 2 pairs"]
+    with pytest.raises(SystemExit):
+        blind.main(blind.Config(answers="LR", output_dir=str(tmp_path)))
+    assert "each of the 3 pairs" in capsys.readouterr().err
+
+
 def test_a_refused_command_leaves_the_earlier_pairs(tmp_path, capsys):
     (tmp_path / "pair_01.png").write_text("mine")
     with pytest.raises(SystemExit):
