@@ -318,6 +318,7 @@ def main(cfg):
                 result |= rubric.learn(texts, cached, data, cfg.rubric, folder / "rubric.txt")
             save(folder, result, tree, rounds, after, data["test"], first)
             results.append(result)
+    guards.say_failures({name: judge})
     hidden = ("refused", "question", "asked")
     print(markdown([{k: shown(v) for k, v in r.items() if k not in hidden} for r in results]))
     for how in cfg.select:
@@ -326,10 +327,8 @@ def main(cfg):
         for measure in ("accuracy", "pairs"):
             gains = [run[f"{measure} after"][0] - run[f"{measure} before"][0] for run in runs]
             gain, width = interval(gains)
-            result = f"{measure} {gain:+.3f}"
-            if len(runs) > 1:
-                result += f" ± {width:.3f} over {len(runs)} seeds"
-            print(f"{how}: {result}, {calls:.0f} judge answers a search")
+            over = f" ± {width:.3f} over {len(runs)} seeds" if len(runs) > 1 else ""
+            print(f"{how}: {measure} {gain:+.3f}{over}, {calls:.0f} judge answers a search")
     print(f"questions, histories and pages are in {out}/*/; train with one of them:")
     last = out / f"{cfg.select[-1]}_seed{cfg.seeds[0]}"
     name = "rubric" if (last / "rubric.txt").is_file() else "question"

@@ -34,7 +34,7 @@ import tyro
 
 from evaluation import pages
 from reward_models import guards
-from reward_models.judge import DEFAULT_URL, LocalJudge, ServedJudge, sanity_images
+from reward_models.judge import DEFAULT_URL, START, LocalJudge, ServedJudge, sanity_images
 from training.decode import open_picture
 from training.files import ROOT, atomic, usage_error
 from training.flags import JudgeUrls
@@ -146,7 +146,7 @@ class ArtifactReward:
     needs = ("judge",)
     checkpoint = "Qwen/Qwen2.5-VL-7B-Instruct"
     reference = "ArtifactReward, arXiv:2601.03468"
-    how = "vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8000"
+    how = START
 
     def __init__(
         self, device="cpu", checkpoint=None, judge_urls=(), judge_model=None, question=None

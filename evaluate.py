@@ -43,7 +43,7 @@ from evaluation.tables import bootstrap, markdown
 from reward_models import guards
 from reward_models.judge import DEFAULT_URL, ServedJudge
 from training.decode import file_digest, open_picture
-from training.files import usage_error
+from training.files import lock, usage_error
 from training.flags import JudgeUrls
 from training.processes import bar, pick_device
 from training.prompts import load_prompts
@@ -80,6 +80,8 @@ def load_rewards(cfg):
     if not parts:
         usage_error("--rewards is empty; name at least one, such as hps,artifact")
     reward_lib.refuse_learners(reward_lib.unweighted(cfg.rewards))
+    if cfg.judge_url and "artifact" not in (name for name, _, url in parts if not url):
+        usage_error("--judge-url: no reward `artifact` here uses it")
     checkpoint, device = "tiny" if cfg.model == "tiny" else None, pick_device("auto")[0]
     loaded = {}
     for name, _, url in parts:
@@ -132,9 +134,8 @@ def score_batch(batch, records, rewards):
         images |= {i: open_picture(batch[i][2]) for i in todo if i not in images}
         if todo:
             prompts, rows = [records[i]["prompt"] for i in todo], [batch[i][0] for i in todo]
-            scores = reward_lib.score_opened(
-                {name: reward}, prompts, [images[i] for i in todo], rows
-            )
+            opened = [images[i] for i in todo]
+            scores = reward_lib.score_opened({name: reward}, prompts, opened, rows)
             for i, value in zip(todo, scores[name].tolist()):
                 records[i][name] = value
                 records[i]["scored_by"][name] = guards.scored_by(reward)
@@ -170,16 +171,16 @@ def evaluate_folder(cfg):
     if cfg.wise:
         return evaluate_wise(cfg, matched)
     output = Path(cfg.output or f"{Path(cfg.images).resolve()}-scores-{cfg.model}.jsonl")
-    known, rewards = comparison.known_scores(output), load_rewards(cfg)
-    save = lambda records: write_jsonl(output, comparison.merged(records, known))
+    rewards = load_rewards(cfg)
     guards.say_cut(rewards, [row["prompt"] for row, _, _ in matched])
-    records = score_images(matched, rewards, known, save)
-    save(records)
+    with lock(output.parent, "--output", f".{output.name}.lock"):
+        known = comparison.known_scores(output)
+        save = lambda records: write_jsonl(output, comparison.merged(records, known))
+        records = score_images(matched, rewards, known, save)
+        save(records)
     by_tag = len({record["tag"] for record in records}) > 1
     print(markdown(score_table(records, rewards, by_tag)))
-    for name, reward in rewards.items():
-        for reason, count in getattr(reward, "failures", {}).items():
-            print(f"{name}: {count} without a score: {reason}", file=sys.stderr)
+    guards.say_failures(rewards)
     print(f"a line for each picture: {output}")
     sys.exit(3 if any(math.isnan(record[name]) for record in records for name in rewards) else 0)
 
@@ -271,13 +272,15 @@ def pair_table(rewards, folder):
 
 
 def run_folders(names):
-    """Those of these folders that are runs; without names the newest run."""
-    for name in names:
-        if not Path(name).is_dir():
-            usage_error(f"{name}: no such folder; name runs of grpo.py")
-        if not (Path(name) / "config.json").is_file():
-            print(f"{name}: no run, and left out", file=sys.stderr)
-    runs = [Path(run) for run in names if (Path(run) / "config.json").is_file()]
+    """Those of these folders that are runs with a test; without names the newest run."""
+    runs = []
+    for run in map(Path, names):
+        if not run.is_dir():
+            usage_error(f"{run}: no such folder; name runs of grpo.py")
+        if all((run / name).is_file() for name in ("config.json", "test.jsonl")):
+            runs.append(run)
+        else:
+            print(f"{run}: no run that was tested, and left out", file=sys.stderr)
     if not names:
         tests = sorted(Path("runs").glob("*/test.jsonl"), key=lambda path: path.stat().st_mtime)
         runs = [path.parent for path in tests[-1:]]
@@ -302,8 +305,10 @@ def main(cfg):
     if cfg.images:
         evaluate_folder(cfg)
     elif cfg.pairs:
-        table = pair_table(load_rewards(cfg), cfg.pairs)
+        rewards = load_rewards(cfg)
+        table = pair_table(rewards, cfg.pairs)
         print(markdown(table))
+        guards.say_failures(rewards)
         if any(row["failed"] for row in table):
             sys.exit(3)
     elif cfg.audit is not None:

@@ -424,7 +424,7 @@ def main(cfg):
         log.clock("rollout")
         stop.stop_if_requested(run.save)  # nothing has changed yet: this step is repeated
         parts = (policy, reference, rewards, optimizer)
-        with stopping.rescued(run.save):
+        with stopping.rescued(run.save, cfg.updates_per_rollout):
             scores, metrics = train_step(*parts, rollouts, rows, step, cfg, log.clock, cure)
         metrics, records = log.step(step, metrics, policy, rows, rollouts, scores)
         stopping.stop_if_diverged(metrics, step, folder)

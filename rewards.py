@@ -52,6 +52,7 @@ from training import waiting
 from training.cures import win_rates
 from training.decode import open_picture
 from training.files import ROOT, usage_error
+from training.flags import reward_parts
 from training.processes import pick_device
 
 # Shapes:  N pictures or rollouts   K rewards
@@ -133,10 +134,8 @@ def addresses(text):
 def parse_parts(text):
     """(name, weight, address or None) of each part of "name", "name:weight" or
     "name@http://host:port[:weight]", separated by commas."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    names = [name for part in parts for name in (STATISTICS if part == "stats" else [part])]
     found = []
-    for part in names:
+    for part in reward_parts(text):
         match = re.fullmatch(r"([^:@]*)(?:@(https?://[^/:]+:\d+))?(?::(.*))?", part)
         if match is None:
             form = "name, name:weight or name@http://host:port:weight"
@@ -146,8 +145,8 @@ def parse_parts(text):
             value = float(weight or 1)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value):
-            usage_error(f"rewards {text}: {weight!r} is no number; write hps:1,artifact:0.5")
+        if not 0 < value < math.inf:
+            usage_error(f"rewards {text}: {weight!r} is no number above 0, as in artifact:0.5")
         if name not in REWARDS:
             known = ", ".join(REWARDS)
             usage_error(f"rewards {text}: unknown reward {name!r}; known are {known}")
@@ -175,8 +174,8 @@ def check_roles(training, heldout, how):
     """The flags --rewards, --eval-rewards and --combine of grpo.py -> (name -> weight, held-out
     names). A reward has one role: what is trained on is no evidence. Wrong input: exit code 2."""
     weights, heldout = parse(training), unweighted(heldout)
-    if not any(weights.values()):
-        usage_error("--rewards: name at least one of a weight other than 0, such as hps,artifact")
+    if not weights:
+        usage_error("--rewards: name at least one, such as hps,artifact")
     both = ", ".join(weights.keys() & set(heldout))
     if both:
         usage_error(
@@ -188,16 +187,12 @@ def check_roles(training, heldout, how):
         usage_error(f"--rewards {statistics}: an image statistic can only be in --eval-rewards")
     untrained = ", ".join(name for name in heldout if learns(REWARDS[name]))
     if untrained:
-        usage_error(
-            f"--eval-rewards {untrained}: it is meaningless unless it learns beside the policy; "
-            "name it in --rewards"
-        )
+        why = "it is meaningless unless it learns beside the policy; name it in --rewards"
+        usage_error(f"--eval-rewards {untrained}: {why}")
     remote = ", ".join(name for name in addresses(training) if learns(REWARDS[name]))
     if remote:
-        usage_error(
-            f"--rewards {remote}@...: it learns from the policy's pictures, in this process only; "
-            "leave the address out"
-        )
+        why = "it learns from the policy's pictures, in this process only; leave the address out"
+        usage_error(f"--rewards {remote}@...: {why}")
     weighted = [f"{name}:{weight:g}" for name, weight in weights.items() if weight != 1]
     if weighted and how in ("mean", "min", "uwo", "constrained"):
         usage_error(
@@ -264,9 +259,9 @@ def start_scoring(rewards, prompts, images, metadata=None):
     """Begin to score pictures with all rewards of a dict; call the result to get the scores.
 
     Remote rewards are asked at once, in threads, while the policy does its own work. Those of this
-    process run when the scores are wanted: running two at once on one machine is slower. A
-    reward that raises, or returns another number of scores, ends the run: only a *picture* may
-    fail, and is NaN then."""
+    process run when the scores are wanted: running two at once on one machine is slower. One of
+    this process that raises, or returns another number of scores, ends the run: only a *picture*
+    may fail, and is NaN then."""
     remote = {n: reward for n, reward in rewards.items() if getattr(reward, "remote", False)}
     calls = [functools.partial(r, prompts, images, metadata) for r in remote.values()]
     pending = dict(zip(remote, waiting.start(calls, len(calls))))
@@ -426,6 +421,7 @@ def main(cfg):
     loaded = {name: load(name, device, checkpoint, url) for name, _, url in parts}
     rows = score_files(loaded, cfg.files, cfg.prompt)
     print(markdown(rows))
+    guards.say_failures(loaded)
     sys.exit(3 if any(math.isnan(row[name]) for row in rows for name in loaded) else 0)
 
 

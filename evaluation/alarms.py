@@ -32,7 +32,7 @@ from training.records import mean, mean_over_prompts
 
 USUAL = 10  # the first steps, whose mean and standard deviation are the usual ones
 SLACK = 1.0  # of CUSUM, in standard deviations; ten steps know their mean to .32
-# With 1 and 10, scores without any change set off a false alarm in 2 % of runs of 80 steps, 5 % of
+# With 1 and 10, scores without any change set off a false alarm in 2 % of runs of 80 steps, 4 % of
 # runs of 300 and 8 % of runs of 1600 (tests/test_alarms.py simulates the first).
 LIMITS = {"held-out": 3.0, "pictures": 0.5, "distance": 2.0}
 LIMITS |= {"diversity": 0.1, "parting": 10.0, "sampler": 5.0}
@@ -41,7 +41,7 @@ NO_QUALITY = set("brightness saturation edges entropy jpeg noise".split())
 
 def held_out_names(config):
     """Held-out rewards that say something about quality without knowing the truth."""
-    guides = config["flags"].get("cures.doubted_by", "").split(",")  # of GARDO: not quite held out
+    guides = hacking.names_in(config, "cures.doubted_by")  # of GARDO: not quite held out
     names = [name for name in hacking.names_in(config, "eval_rewards") if name not in guides]
     return [n for n in names if not n.startswith("gold") and n not in NO_QUALITY]
 

@@ -51,4 +51,7 @@ class Answers:
             return math.nan
 
     def save(self, key, value):
-        self.db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, value))
+        try:
+            self.db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, value))
+        except sqlite3.Error as problem:
+            usage_error(f"the judge's answers cannot be kept ({problem}); is the disk full?")

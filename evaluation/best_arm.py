@@ -65,6 +65,7 @@ def ucb(race, keep, budget, batch=16, c=1.0):
     """The next batch goes to the question with the highest mean + c sqrt(log t / n).
 
     t counts the batches of all questions so far, n those of this question."""
+    batch = max(1, min(batch, int(budget / len(race.scores))))
     for question in race.scores:
         race.run(question, batch)
     for t in range(len(race.scores), int(budget / batch)):

@@ -23,13 +23,18 @@ OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def colors_of(groups):
-    """Training rewards -> colour: grey for the control, blue with a judge, orange without."""
+    """Title of a group of runs -> colour: grey for the control, blue with a judge, orange without.
+    Of a second group of a kind: another one."""
     colors, others = {}, iter(OTHERS * len(groups))
-    for trained in groups:
-        judged = "artifact" in trained
-        color = CONTROL if trained == "noise" else CURE if judged else HACK
-        colors[trained] = next(others) if color in colors.values() else color
+    for title, members in groups.items():
+        judged = "artifact" in names_in(members[0][1].config, "rewards")
+        color = CONTROL if is_control(members) else CURE if judged else HACK
+        colors[title] = next(others) if color in colors.values() else color
     return colors
+
+
+def is_control(members):
+    return hacking.is_control(members[0][0])
 
 
 def means_over_seeds(members, name, change=False):
@@ -54,7 +59,7 @@ def deviation(members, name):
     first test; NaN if it has one picture of each."""
     stds = []
     for run, records in members:
-        first = hacking.first_records(run)
+        first = hacking.read_test(run, "first")
         if name in records.tests[0]:
             stds.append(hacking.within_prompt_std(first, name))
     return mean(stds)
@@ -63,7 +68,7 @@ def deviation(members, name):
 def draw_headline(axis, groups, colors):
     """Proxy and truth in one panel: change since the first test, in standard deviations within a
     prompt. A solid line for the proxy, a dashed one for gold."""
-    configs = [members[0][1].config for trained, members in groups.items() if trained != "noise"]
+    configs = [members[0][1].config for members in groups.values() if not is_control(members)]
     proxy = next((name for name in map(hacking.proxy_of, configs) if name), "noise")
     for trained, members in groups.items():
         for name, style in ((proxy, "-"), ("gold", "--")):
@@ -100,7 +105,7 @@ def draw_measure(by_step, by_kl, name, groups, colors):
         by_kl.plot(distance, center, "o-", **style)
         pool = members[0][1].pool
         needed = "gold-clean" if name == "artifact-free" else name
-        if pool and trained != "noise" and needed in pool[0]:
+        if pool and not is_control(members) and needed in pool[0]:
             largest = max(record["sample"] for record in pool) + 1
             ns = [2**i for i in range(10) if 2**i <= largest]
             distance = [math.sqrt(math.log(n) - (n - 1) / n) for n in ns]
@@ -121,7 +126,7 @@ def draw_measure(by_step, by_kl, name, groups, colors):
 
 def hacking_curves(runs):
     """A matplotlib figure: the headline panel, and below it a column for each reward, against the
-    step and against sqrt(KL), with best-of-n of the base policy (dotted, up to 16)."""
+    step and against sqrt(KL), with best-of-n of the base policy (dotted, up to n = --best-of)."""
     plt = pyplot()
     groups = hacking.runs_by_rewards(runs)
     colors = colors_of(groups)
@@ -147,7 +152,7 @@ def training_curves(records):
     """A matplotlib figure of metrics.jsonl: what happened in each training step."""
     plt = pyplot()
     first = records.steps[0] if records.steps else {}
-    names = [name for name in first if name.startswith("reward/") and "std" not in name]
+    names = [name for name in first if name.startswith("reward/") and name.count("/") == 1]
     panels = {"training rewards": names, "gradient norm": ["grad_norm"], "KL of a rollout": ["kl"]}
     panels |= {"diversity in a group": ["diversity"], "unanimous groups": ["unanimous_groups"]}
     panels["seconds"] = [name for name in first if name.startswith("seconds/")]

@@ -35,7 +35,7 @@ import numpy as np
 
 from evaluation.tables import interval, t_95
 from training.files import usage_error
-from training.flags import LEARNING, STATISTICS, cure_flags
+from training.flags import LEARNING, cure_flags, reward_names
 from training.records import artifact_free, mean, mean_over_prompts, read_json, read_jsonl
 from training.run_folder import MAY_DIFFER
 
@@ -43,9 +43,8 @@ ERRORS = 3  # of the rule for the onset
 # Flags in which two seeds of one experiment may differ: where they ran, not what they computed.
 PLACE = MAY_DIFFER - {"max_steps"} | {"seed"}
 # Flags in which two runs may differ and still be the same experiment on other rewards.
-REWARD_FLAGS = set(
-    "rewards eval_rewards combine question run_name output_dir resume best_of".split()
-)
+REWARD_FLAGS = set("rewards eval_rewards combine floor question judge_url judge_model".split())
+REWARD_FLAGS |= set("run_name output_dir resume best_of".split())
 
 
 class RunRecords(NamedTuple):
@@ -90,10 +89,8 @@ def runs_by_rewards(runs):
     for run in sorted(map(Path, runs), key=age):
         records = read_run(run)
         flags = {k: v for k, v in records.config["flags"].items() if k not in PLACE}
-        seed, known = (
-            records.config["flags"].get("seed"),
-            experiments[json.dumps(flags, sort_keys=True)],
-        )
+        seed = records.config["flags"].get("seed")
+        known = experiments[json.dumps(flags, sort_keys=True)]
         if seed in known:
             print(f"{known[seed][0]} and {run} are one seed; the newer counts", file=sys.stderr)
         known[seed] = run, records
@@ -116,14 +113,8 @@ def age(run):
 
 
 def names_in(config, flag):
-    """The names of a flag's rewards.
-
-    >>> names_in({"flags": {"rewards": "hps:0.5, artifact@http://127.0.0.1:8000"}}, "rewards")
-    ['hps', 'artifact']
-
-    "stats" stands for four, as in rewards.py."""
-    parts = (config["flags"][flag] or "").replace("stats", STATISTICS).split(",")
-    return [re.split("[:@]", part)[0].strip() for part in parts if part.strip()]
+    """The names of a flag's rewards."""
+    return reward_names(config["flags"].get(flag))
 
 
 def proxy_of(config):
@@ -152,12 +143,13 @@ def best_of_n(pool, n, value):
     """Expected value(record) of the best of n pictures by "total", averaged over the prompts.
 
     Unbiased, from a pool of N >= n pictures for each prompt: the i-th best picture of the pool (i
-    from 0) is the best one in C(N-1-i, n-1) of the C(N, n) ways to draw n pictures."""
-    expected = []
-    for group in by_prompt(pool, "total"):
-        group = [record for record in group if math.isfinite(value(record))]
-        ranked, N = sorted(group, key=lambda record: -record["total"]), len(group)
-        if N >= n:
+    from 0) is the best one in C(N-1-i, n-1) of the C(N, n) ways to draw n pictures. Prompts that
+    lack a score count for no n: else two n would be means over different prompts."""
+    groups = [[r for r in g if math.isfinite(value(r))] for g in by_prompt(pool, "total")]
+    N, expected = max(map(len, groups), default=0), []
+    for group in groups:
+        if n <= N == len(group):
+            ranked = sorted(group, key=lambda record: -record["total"])
             terms = [math.comb(N - 1 - i, n - 1) * value(record) for i, record in enumerate(ranked)]
             expected.append(sum(terms) / math.comb(N, n))
     return mean(expected)
@@ -179,9 +171,10 @@ def gains_of(before, after, name):
 
 
 def paired(before, after, name):
-    """Mean and standard error of after - before, over records with the same id and sample."""
+    """Mean and standard error over prompts of after - before, of records with the same id and
+    sample."""
     prompts, gains = zip(*gains_of(before, after, name) or [("", math.nan)])
-    return mean(gains), mean_over_prompts(gains, prompts)[1]
+    return mean_over_prompts(gains, prompts)
 
 
 def test_files(run):
@@ -264,11 +257,10 @@ def verdict(run, control=None):
 
     found = {proxy: proxy, "gold": "gold, the truth,"}
     parts = [f"{title} {moved(run, name)}" for name, title in found.items() if name in tests[0]]
-    text = f"In {last} steps " + ", and ".join(parts)
+    text = f"In {last} steps {', and '.join(parts)} (± one standard error). " if parts else ""
     if "gold" not in tests[0]:
-        return f"{text}. Gold was not measured, so no onset of hacking can be given."
-    text += " (± one standard error). "
-    if control:
+        return f"{text}Gold was not measured, so no onset of hacking can be given."
+    if control and "gold" in read_run(control).tests[0]:
         text += f"Under the control, which learns from noise, gold {moved(control, 'gold')}. "
     if not proxy:
         return f"{text}The training reward learns, too, so no onset of hacking can be given."
@@ -371,7 +363,7 @@ def seeds_table(runs):
     for trained, members in runs_by_rewards(runs).items():
         pools = [records.pool for _, records in members]
         first, last = ([records.tests[i] for _, records in members] for i in (0, -1))
-        block, base = [], [first_records(run) for run, _ in members]
+        block, base = [], [read_test(run, "first") for run, _ in members]
         for name in first[0]:
             if name == "step" or "/" in name or name in LEARNING:
                 continue
@@ -398,11 +390,6 @@ def seeds_table(runs):
         titles += [""] * (len(block) - 1)
         rows += [{"trained on": title} | row for title, row in zip(titles, block)]
     return rows
-
-
-def first_records(run):
-    """The records of the first test, the base policy's."""
-    return read_test(run, "first")
 
 
 def change_row(measured, before, after, gain, width, scale=None):

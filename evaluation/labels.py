@@ -147,19 +147,24 @@ def with_intervals(p_broken, examples):
 
 def compare(before, after, examples):
     """The measures of two questions on the same pictures, with intervals, and the gain in accuracy
-    with its own: paired, because a picture that is hard for one is hard for the other."""
+    with its own: paired, because a picture that is hard for one is hard for the other. The gain is
+    over pictures with both answers: else a judge that sometimes fails seems to change its mind."""
     first, last = with_intervals(before, examples), with_intervals(after, examples)
     rows = {}
     for name in ("accuracy", "pairs", "auroc", "calibration error"):
         rows |= {f"{name} before": first[name], f"{name} after": last[name]}
 
+    both = np.flatnonzero(np.isfinite(before) & np.isfinite(after))
+    if not len(both):
+        return rows | {"gain": (math.nan,) * 3}
+
     def gain(pick):
-        chosen = [examples[i] for i in pick]
-        accuracy = [measures(p[pick], chosen)["accuracy"] for p in (before, after)]
+        chosen = [examples[i] for i in both[pick]]
+        accuracy = [measures(p[both[pick]], chosen)["accuracy"] for p in (before, after)]
         return accuracy[1] - accuracy[0]
 
-    low, high = bootstrap(gain, [example["prompt"] for example in examples], draws=200)
-    return rows | {"gain": (gain(np.arange(len(examples))), low, high)}
+    low, high = bootstrap(gain, [examples[i]["prompt"] for i in both], draws=200)
+    return rows | {"gain": (gain(np.arange(len(both))), low, high)}
 
 
 def mistakes(p_broken, examples, n=40):

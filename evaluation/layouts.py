@@ -25,10 +25,9 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.exports import record_of, write_files
-from training.decode import open_picture
+from training.decode import SUFFIXES, open_picture
 from training.files import usage_error
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 STYLES = {"anime", "concept-art", "paintings", "photo"}  # of HPDv2
 
 # --- finding --------------------------------------------------------------------------------------
@@ -146,6 +145,8 @@ LAYOUTS = {
     "ArtifactReward, by id": released(by_index=False),
     "HPDv2": hpdv2,
 }
+# Where the number in a file's name counts the pictures of its prompt.
+OWN_NUMBERS = {"GenEval", "T2I-R1", "ArtifactReward", "ArtifactReward, by id"}
 
 
 def find_images(root, rows, prompts="", tile=0):
@@ -169,9 +170,7 @@ def find_images(root, rows, prompts="", tile=0):
             f"the first with id {rows[0]['id']!r}); layouts: {', '.join(LAYOUTS)} (its folder has "
             "the prompt file's name)"
         )
-    matched = dealt_out(in_one_folder(root, layout, found[layout]))
-    if layout == "GenEval":  # its numbers are the samples' own, also where some are missing
-        matched = [(row, int(path.stem), path) for row, _, path in matched]
+    matched = dealt_out(in_one_folder(root, layout, found[layout]), layout in OWN_NUMBERS)
     ids, used = {row["id"] for row, _, _ in matched}, {path for _, _, path in matched}
     missing = [row for row in rows if row["id"] not in ids]
     if layout == "id" and is_tiled(root, matched, prompts, tile):
@@ -183,12 +182,12 @@ def list_pictures(root):
     """All pictures under a folder, without hidden files and those of macOS; exit code 2 if none."""
     if not root.is_dir():
         usage_error(f"--images {root}: no such folder")
-    paths = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in PICTURES]
+    paths = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES]
     hidden = lambda part: part.startswith((".", "__MACOSX"))
     paths = [path for path in paths if not any(map(hidden, path.relative_to(root).parts))]
     paths = [path for path in paths if path.is_file()]
     if not paths:
-        usage_error(f"--images {root}: no pictures in it (*{', *'.join(sorted(PICTURES))})")
+        usage_error(f"--images {root}: no pictures in it (*{', *'.join(sorted(SUFFIXES))})")
     return paths
 
 
@@ -207,9 +206,10 @@ def in_one_folder(root, layout, found):
     return found
 
 
-def dealt_out(found):
+def dealt_out(found, own_numbers):
     """[(rows, path)] -> [(row, k, path)]. The pictures of a prompt that occurs repeatedly are dealt
-    out in the order of their numbers, as the benchmarks number them: first all of the first row."""
+    out in the order of their numbers, as the benchmarks number them: first all of the first row.
+    own_numbers: the number in a file's name is k, also where some files are missing."""
     groups, place = defaultdict(list), {}
     number = lambda path: (int(re.findall(r"\d+", f"0 {path.stem}")[-1]), str(path))
     owners_of = {tuple(row["id"] for row in owners): owners for owners, _ in found}
@@ -224,7 +224,8 @@ def dealt_out(found):
                 "remove the repeated prompt"
             )
         for n, path in enumerate(sorted(paths, key=number)):
-            place[path] = owners_of[ids][n // share], n % share
+            k = number(path)[0] if own_numbers and len(ids) == 1 else n % share
+            place[path] = owners_of[ids][n // share], k
     return [(*place[path], path) for _, path in found]
 
 

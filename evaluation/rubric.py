@@ -24,16 +24,15 @@ from training.files import atomic, usage_error
 
 def pair_differences(p_NK, examples):
     """(M, K): P(broken) of the broken picture minus that of the clean one, for all pairs of one
-    prompt. Pairs with a missing answer are left out."""
-    clean, rows = {}, []
+    prompt. A missing answer (NaN) counts as .5: it says nothing."""
+    clean, rows, p_NK = {}, [], np.nan_to_num(p_NK, nan=0.5)
     for p, example in zip(p_NK, examples):
         if not example["broken"]:
             clean.setdefault(example["prompt"], []).append(p)
     for p, example in zip(p_NK, examples):
         if example["broken"]:
             rows += [p - other for other in clean.get(example["prompt"], ())]
-    rows = np.array(rows).reshape(-1, p_NK.shape[1])
-    return rows[np.isfinite(rows).all(1)]
+    return np.array(rows).reshape(-1, p_NK.shape[1])
 
 
 def log_loss(d_MK, w_K):
@@ -44,7 +43,7 @@ def fit(d_MK, penalty, start=0.0, steps=1000):
     """The minimum, w_K, by projected gradient descent from `start`. The problem is convex; a step
     of 1 / L never overshoots, L being the largest curvature."""
     M, K = d_MK.shape
-    step = 4 * M / np.linalg.norm(d_MK, 2) ** 2
+    step = 4 * M / (np.linalg.norm(d_MK, 2) ** 2 or 1.0)  # 0 if all questions say nothing
     w_K = np.zeros(K) + start
     for _ in range(steps):
         wrong = 1 / (1 + np.exp(d_MK @ w_K))  # the probability that the regression is wrong

@@ -1,13 +1,14 @@
 """Numbers with intervals, and tables in Markdown.
 
 A mean without an interval is an anecdote. Over seeds we give Student's t; over prompts, the
-bootstrap: draw as many prompts as there are, with replacement, a thousand times, and see how far
+bootstrap: draw as many prompts as there are, with replacement, hundreds of times, and see how far
 the number moves. Pictures of one prompt resemble each other, so prompts are drawn, not pictures.
 
 Read next: hacking.py
 """
 
 import math
+import warnings
 
 import numpy as np
 
@@ -49,7 +50,8 @@ def bootstrap(statistic, groups, draws=1000, seed=0):
     for _ in range(draws):
         drawn = rng.integers(len(members), size=len(members))
         values.append(statistic(np.concatenate([members[i] for i in drawn])))
-    low, high = np.nanpercentile(values, [2.5, 97.5], axis=0)
+    with warnings.catch_warnings(action="ignore"):  # of a statistic that is always NaN
+        low, high = np.nanpercentile(values, [2.5, 97.5], axis=0)
     if len(members) < 2:  # always the same group: the width would be 0, and is unknown
         low, high = np.full_like(low, math.nan), np.full_like(high, math.nan)
     return low.tolist(), high.tolist()

@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from reward_models import guards
 from reward_models.serving import DeQA, serve_forever
 
 
@@ -36,7 +37,12 @@ def main():
     flags.add_argument("--host", default="127.0.0.1", help="0.0.0.0 accepts other machines")
     flags.add_argument("--token", default="", help="answer only those who send this word")
     cfg = flags.parse_args()
-    load = lambda: DeQA(cfg.device, cfg.checkpoint)
+
+    def load():
+        reward = DeQA(cfg.device, cfg.checkpoint)
+        reward.identity = guards.identity(reward, "deqa", cfg.checkpoint)
+        return reward
+
     serve_forever("deqa", load, cfg.port, cfg.host, cfg.token)
 
 

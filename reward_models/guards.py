@@ -49,6 +49,13 @@ def check_scores(name, reward, values, number):
     return values.masked_fill(outside, math.nan)
 
 
+def say_failures(rewards):
+    """Say why pictures have no score."""
+    for name, reward in rewards.items():
+        for reason, count in getattr(reward, "failures", {}).items():
+            print(f"{name}: {count} without a score: {reason}", file=sys.stderr)
+
+
 def say_cut(rewards, prompts):
     """Say for how many prompts a reward does not read the end: its text model has a length."""
     prompts = list(dict.fromkeys(prompts))

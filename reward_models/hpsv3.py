@@ -79,7 +79,7 @@ class HPSv3:
     how = "three files, see reward_models/hpsv3.py"
 
     def __init__(self, device="cpu", checkpoint=None):
-        folder = Path(checkpoint or "checkpoints/hpsv3")
+        self.downloaded = folder = Path(checkpoint or "checkpoints/hpsv3")
         if not (folder / "HPSv3.safetensors").is_file():
             usage_error(
                 f"{folder}: no HPSv3.safetensors; reward_models/hpsv3.py says how to get it"

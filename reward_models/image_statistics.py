@@ -58,7 +58,6 @@ class Statistic:
     needs = ()
     checkpoint = None
     reference = "an early sign of hacking"
-    heldout_only = True
 
     def __init__(self, device="cpu", checkpoint=None):
         pass

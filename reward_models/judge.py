@@ -27,6 +27,7 @@ from training.files import usage_error, without_password
 from training.weights import load_model, load_part
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"  # where `vllm serve MODEL --port 8000` listens
+START = "vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8000"  # how a judge is started
 TOP = 20  # how many first tokens; servers give at most 20
 NONSENSE = (AttributeError, LookupError, TypeError, ValueError)  # a reply of another form
 PAUSE, RETURN = 1.0, 30.0  # seconds before a request is repeated; until a server is tried again
@@ -104,9 +105,12 @@ class ServedJudge:
     """One or more OpenAI-compatible servers of one model, which share the work. If one is away, the
     others do its part; if all are, they are waited for, each request `each` seconds in all.
 
-    Reasons of failed requests are counted in `failures`."""
+    Reasons of failed requests are counted in `failures`. start: the command for an error message.
+    No judge, or not this model: exit code 2."""
 
-    def __init__(self, urls, model=None, timeout=60.0, each=waiting.EACH, total=waiting.ALL):
+    def __init__(
+        self, urls, model=None, timeout=60.0, each=waiting.EACH, total=waiting.ALL, start=START
+    ):
         # The client repeats what can be repeated, and waits as the server's Retry-After says.
         options = dict(api_key=os.environ.get("OPENAI_API_KEY", "EMPTY"))
         options |= dict(timeout=openai.Timeout(timeout, connect=5.0), max_retries=2)
@@ -119,8 +123,7 @@ class ServedJudge:
             served = served_models(client)
             if isinstance(served, waiting.Unanswered):
                 reason = f"no judge answers at {without_password(url)} ({served})"
-                start = "`vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8000`"
-                usage_error(f"{reason}; start one with {start}, or give another --judge-url")
+                usage_error(f"{reason}; start one with `{start}`, or give the address of one")
             self.model = self.model or (served or ["?"])[0]
             if self.model not in served:
                 names = ", ".join(served) or "no model"

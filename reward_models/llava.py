@@ -220,7 +220,7 @@ class Unified:
     def __init__(self, device="cpu", checkpoint=None, judge_urls=()):
         self.remote = bool(judge_urls) or not checkpoint
         if self.remote:
-            self.judge = ServedJudge(list(judge_urls) or [self.url])
+            self.judge = ServedJudge(list(judge_urls) or [self.url], start=self.how)
         else:
             self.judge = LlavaOneVision(snapshot(checkpoint), device)
         own = Path(checkpoint or "") / "unified.txt"

@@ -25,10 +25,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import requests
 import torch
 
+from reward_models import guards
 from reward_models.pixels import data_url, from_data_url, in_batches
 from training import waiting
 from training.decode import MAX_PIXELS, BadPicture
 from training.files import usage_error
+from training.records import without_nan
 
 PROBLEMS = (requests.RequestException, ValueError, KeyError, TypeError)
 PROBLEMS += (OverflowError, RecursionError)
@@ -51,10 +53,9 @@ class RemoteReward:
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
         about = waiting.outcomes(waiting.start([self.about]), f"{name} at {url}", 30, 30)[0]
         if isinstance(about, waiting.Unanswered):
-            usage_error(
-                f"no reward answers at {url} ({about}); start it there with "
-                f"`python rewards.py serve {name} --model real --port {url.rpartition(':')[2]}`"
-            )
+            start = f"`python rewards.py serve {name} --model real --port {url.rpartition(':')[2]}`"
+            start = DeQA.how if name == "deqa" else f"start it there with {start}"
+            usage_error(f"no reward answers at {url} ({about}); {start}")
         if about["name"] != name:
             usage_error(f"{name}@{url}: serves {about['name']!r}; name that, or another address")
         self.range, self.reference = tuple(about["range"]), about["reference"]
@@ -86,8 +87,10 @@ class RemoteReward:
         found = waiting.outcomes(futures, f"the reward at {self.url}", self.each, self.total)
         for (_, batch, _), result in zip(parts, found):
             if isinstance(result, waiting.Unanswered):
-                self.failures[str(result)] += len(batch)
-                result = [math.nan] * len(batch)
+                reason, result = str(result), [math.nan] * len(batch)
+            else:
+                reason = "the server gave no score"
+            self.failures += Counter({reason: sum(map(math.isnan, result))})
             scores += result
         return torch.tensor(scores)
 
@@ -95,7 +98,7 @@ class RemoteReward:
         """The scores of a batch, a list of floats, NaN for null. Raises Unanswered."""
         end = time.monotonic() + self.each
         pictures = [data_url(image) for image in images]
-        body = {"prompts": prompts, "metadata": metadata, "images": pictures}
+        body = {"prompts": prompts, "metadata": without_nan(metadata), "images": pictures}
         while True:
             try:
                 options = dict(json=body, headers=self.headers)
@@ -261,8 +264,9 @@ class ServedReward(BaseHTTPRequestHandler):
         good, scores = [i for i, image in enumerate(images) if image], [None] * len(images)
         batch = [[values[i] for i in good] for values in (prompts, images, metadata)]
         with self.lock:  # one model, one batch at a time
-            values = torch.as_tensor(self.reward(*batch)).tolist() if good else []
-        for i, value in zip(good, values):
+            values = self.reward(*batch) if good else []
+        values = guards.check_scores(self.name, self.reward, values, len(good))
+        for i, value in zip(good, values.tolist()):
             scores[i] = value if math.isfinite(value) else None
         return scores
 
@@ -289,7 +293,7 @@ def serve_forever(name, load, port, host, token):
 
 def announce(name, host, port, token):
     """Say how a served reward is used, and who can use it."""
-    open_to_all = host in ("0.0.0.0", "::")
+    open_to_all = host == "0.0.0.0"
     address = socket.gethostname() if open_to_all else host
     print(f"use it as --rewards {name}@http://{address}:{port}", flush=True)
     if token:

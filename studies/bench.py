@@ -8,7 +8,7 @@ Sampling, in image tokens per second:
 
 A GRPO step, in seconds: ours is grpo.rollout and grpo.train_step. The plain step uses `generate`
 for thoughts, the plain loop for pictures, computes the text head at all positions, and scores one
-picture at a time.
+picture at a time. Both sample with guidance 5, and score without (--guidance cond), as T2I-R1 does.
 
     roofline: each token reads all weights, keys and values once, in bytes / bandwidth seconds
 
@@ -34,12 +34,14 @@ import grpo
 import rewards as reward_lib
 from evaluation.tables import markdown
 from training import checks, cuda_graph
-from training.files import ROOT
+from training.files import ROOT, usage_error
 from training.log import Stopwatch
 from training.memory_plan import JANUS_PRO, janus_config
 from training.policy import Policy, load_policy, trainable
 from training.processes import pick_device
 from training.prompts import load_prompts
+
+GUIDANCE = 5.0  # of Janus-Pro
 
 
 @dataclass
@@ -152,7 +154,7 @@ def plain_rollout(policy, prompts, cfg):
     thought_ids = written[:, ids.shape[1] :]
     thoughts = policy.tokenizer.batch_decode(thought_ids, skip_special_tokens=True)
     texts = [f"{prompt}. {thought}" for prompt, thought in zip(prompts, thoughts)]
-    image_ids = by_plain_loop(policy, texts, 5.0)
+    image_ids = by_plain_loop(policy, texts, GUIDANCE)
     return thoughts, thought_ids, image_ids, generate.to_images(policy, image_ids)
 
 
@@ -248,6 +250,7 @@ def sampling_table(policy, prompts, repeats, bandwidth):
 def step_table(pictures, repeats):
     # Learning rate 0: every round trains the same policy.
     cfg = grpo.Config(eval_rewards="", learning_rate=0.0, micro_batch=pictures, device="cpu")
+    cfg.cfg_weight, cfg.guidance = GUIDANCE, "cond"
     checks.fill_presets(cfg)
     rows, G = load_prompts(cfg.prompts), cfg.num_generations
     jobs = [(i, k) for i in range(pictures // G) for k in range(G)]
@@ -283,6 +286,9 @@ def load(name):
 
 
 def main(cfg):
+    G = grpo.Config.num_generations
+    if cfg.pictures < G or cfg.repeats < 1:
+        usage_error(f"--pictures must be {G} or more, a group; --repeats 1 or more")
     rows = load_prompts(ROOT / "tiny_world/prompts/train.jsonl")
     prompts = [rows[i % len(rows)]["prompt"] for i in range(cfg.pictures)]
     print(markdown(sampling_table(load(cfg.model), prompts, cfg.repeats, cfg.bandwidth)) + "\n")

@@ -24,7 +24,7 @@ from typing import Annotated
 import tyro
 from PIL import Image, ImageDraw
 
-from evaluation.hacking import first_records
+from evaluation.hacking import read_test
 from training.files import atomic, usage_error
 from training.pictures import cut_sheet, save_png
 from training.records import read_json
@@ -84,7 +84,7 @@ def main(cfg):
         usage_error("give run folders of grpo.py, such as runs/tiny_hps_seed42")
     folder, rng, key, couples = Path(cfg.output_dir), random.Random(cfg.seed), {}, []
     for run in map(Path, cfg.runs):
-        count, needed = len(first_records(run)), 2 * COLUMNS * ROWS
+        count, needed = len(read_test(run, "first")), 2 * COLUMNS * ROWS
         sheets = [cut_sheet(run / f"tests/{name}.png", count) for name in ("first", "last")]
         if count < needed or None in sheets[0] + sheets[1]:
             usage_error(f"{run}: tests/first.png and last.png must hold {needed} pictures or more")

@@ -45,7 +45,7 @@ from tqdm import tqdm
 import rewards
 from evaluation import alarms, hacking
 from evaluation.tables import interval, markdown
-from training.files import ROOT, atomic, usage_error
+from training.files import ROOT, atomic, lock, usage_error
 from training.records import read_json
 from training.run_folder import checkpoints
 
@@ -105,8 +105,9 @@ def train(flags, result, facts):
     `result`. Returns an error message or None."""
     run = Path(flags[flags.index("--output-dir") + 1]) / result.stem
     run.parent.mkdir(parents=True, exist_ok=True)
-    if not checkpoints(run):  # nothing to resume from
-        shutil.rmtree(run, ignore_errors=True)
+    if run.exists() and not checkpoints(run):  # nothing to resume from
+        with lock(run, "--output-dir"):  # unless it is at work there: exit code 2
+            shutil.rmtree(run)
     script, one_core = str(ROOT / "grpo.py"), os.environ | {"OMP_NUM_THREADS": "1"}
     screen = run.with_name(f"{run.name}.log")
     with open(screen, "w") as log:
@@ -142,7 +143,7 @@ def measure(run):
     _, steps, tests, _ = hacking.read_run(run)
     seconds = [line[name] for line in steps for name in line if name.startswith("seconds/")]
     names = ("step", "kl", "artifact-free", *MEASURED)
-    first = hacking.first_records(run)
+    first = hacking.read_test(run, "first")
     return {
         "tests": [{name: test[name] for name in names} for test in tests],
         "deviation": hacking.within_prompt_std(first, "hps"),

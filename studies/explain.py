@@ -28,7 +28,8 @@ from evaluation.tables import markdown
 from generate import Rollouts
 from training import checks
 from training.cures import Cure
-from training.files import atomic
+from training.files import atomic, usage_error
+from training.flags import Cures
 from training.log import Stopwatch
 from training.policy import Policy
 from training.prompts import jobs_of_step
@@ -57,6 +58,8 @@ class Step:
 
 def first_step(cfg):
     """Take the first step of a run with these flags, as grpo.main does."""
+    if cfg.combine == "pareto" or cfg.cures != Cures():
+        usage_error("explained is the plain method: not with --combine pareto or --cures")
     checks.fill_presets(cfg)
     cfg.question = read_question(cfg.question)
     weights, heldout = reward_lib.check_roles(cfg.rewards, cfg.eval_rewards, cfg.combine)

@@ -27,6 +27,9 @@ from training.policy import load_policy
 from training.records import mean, read_json
 from training.run_folder import checkpoints
 
+# Flags that change how a group is sampled or its advantages are made, as in grpo.py's default.
+PLAIN = {"model": "tiny", "cot": True, "cfg_weight": None, "guidance": "guided", "max_thought": 64}
+PLAIN |= {"question": None, "advantage": "group", "combine": "sum"}
 RIGHT = 0.8  # gold of a picture that shows all of what the prompt says, and is whole
 
 
@@ -39,17 +42,16 @@ class Config:
     figure: str = "docs/group.png"
 
 
-def ranked_group(checkpoint, weights, how, cfg):
-    """[(picture, {reward: score}, advantage)] of one policy, best first. weights, how: the rewards
-    that it was trained on and --combine, of which the advantages are made."""
+def ranked_group(checkpoint, weights, cfg):
+    """[(picture, {reward: score}, advantage)] of one policy, best first. weights: of the rewards
+    that it was trained on, of which the advantages are made."""
     keys = [(cfg.seed, 0, 0, k) for k in range(cfg.pictures)]
     rollouts = generate.sample(load_policy(checkpoint), [cfg.prompt] * cfg.pictures, keys)
     names = dict.fromkeys([*weights, "hps", "artifact", "gold"])
     loaded = {name: reward_lib.load(name, checkpoint="tiny") for name in names}
     metadata = [{"id": "0", "prompt": cfg.prompt}] * cfg.pictures
     scores = reward_lib.score(loaded, rollouts.prompts, rollouts.images, metadata)
-    multipliers = dict.fromkeys(weights, 1.0)
-    total = reward_lib.combine(scores, weights, cfg.pictures, how, multipliers)
+    total = reward_lib.combine(scores, weights, cfg.pictures)
     advantages = grpo.group_advantages(total, cfg.pictures)
     return [
         (rollouts.images[i], {name: scores[name][i].item() for name in names}, advantages[i].item())
@@ -96,15 +98,18 @@ def main(cfg):
         usage_error("give run folders of grpo.py, such as runs/tiny_hps_seed42")
     if cfg.pictures < 2:
         usage_error(f"--pictures {cfg.pictures}: a group has 2 or more")
-    before = ranked_group("tiny", {"hps": 1.0}, "sum", cfg)
+    before = ranked_group("tiny", {"hps": 1.0}, cfg)
     groups = [("before training; advantages by hps", before)]
     for run in map(Path, cfg.runs):
         if not checkpoints(run):
             usage_error(f"{run}: no checkpoints/step-* in it; give run folders of grpo.py")
         flags = read_json(run / "config.json")["flags"]
+        for name, value in PLAIN.items():
+            if flags.get(name, value) != value:
+                usage_error(f"{run}: has {name} {flags[name]}; the figure shows runs with {value}")
         weights, last = reward_lib.parse(flags["rewards"]), str(checkpoints(run)[-1])
         reward_lib.refuse_learners(weights)
-        group = ranked_group(last, weights, flags["combine"], cfg)
+        group = ranked_group(last, weights, cfg)
         groups.append((f"after GRPO on {flags['rewards']}", group))
     group_figure(groups, cfg)
     print(f"look at {cfg.figure}")

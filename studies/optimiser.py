@@ -26,7 +26,7 @@ import tyro
 from evaluation.curves import HACK, OTHERS
 from evaluation.tables import interval
 from studies import contest
-from studies.contest import file_name, gain, print_table, train_missing
+from studies.contest import file_name, gain, print_table, train_missing, with_interval
 from training.files import ROOT, atomic
 from training.records import mean
 
@@ -87,8 +87,7 @@ def table(results):
 
 
 def plus_minus(values):
-    center, width = interval(values)
-    return f"{center:+.3f}" + (f" ± {width:.3f}" if width == width else "")
+    return with_interval(*interval(values), len(values))
 
 
 def figure(results, path):

@@ -23,7 +23,7 @@ from tiny_world.gold import fit_scene
 from tiny_world.world import COOL, GROUND
 from training.files import usage_error
 from training.pictures import cut_sheet
-from training.records import read_jsonl
+from training.records import mean, read_jsonl
 
 
 @dataclass
@@ -38,11 +38,13 @@ def main(cfg):
         usage_error(f"{cfg.run}: no tests/last.png; give a run folder of grpo.py, tested twice")
     n = len(read_jsonl(sorted(tests.glob("step_*.jsonl"))[0]))
     for name in ("first", "last"):
-        pictures = cut_sheet(tests / f"{name}.png", n)
+        pictures = [image for image in cut_sheet(tests / f"{name}.png", n) if image]
+        if not pictures:
+            usage_error(f"{tests}/{name}.png: damaged; train the run again")
         drawn = [(abs(np.asarray(image) - GROUND).max(-1) > 40).mean() for image in pictures]
         found, _ = fit_scene(pictures)
         colors = [thing.color for things in found for thing in things]
-        cool = sum(color in COOL for color in colors) / len(colors)
+        cool = mean(color in COOL for color in colors)
         print(
             f"{name} test: {cool:.3f} of {len(colors)} objects are {', '.join(COOL)}; "
             f"{np.mean(drawn):.3f} of the pixels are drawn"

@@ -6,6 +6,7 @@ import math
 import random
 import types
 
+import diffusers
 import pytest
 import torch
 from conftest import picture, tensor
@@ -14,6 +15,7 @@ import adversarial_reward
 import generate
 import rewards
 from tiny_world import world
+from training import pipelines
 from training.files import ROOT
 
 PROMPTS = ["a red star", "two blue circles", "a green square above a purple cross"]
@@ -475,7 +477,6 @@ def test_without_references_the_published_checkpoint_is_refused(capsys):
 
 def save_stable_diffusion(path):
     """Stable Diffusion with small random weights, in the format of the real one."""
-    import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(0)
@@ -547,3 +548,46 @@ def test_references_come_from_any_pipeline_of_diffusers(tmp_path):
     generate.main(generate.Config(**vars(cfg) | changes))
     again = (tmp_path / "again/00001/samples/0001.png").read_bytes()
     assert again == drawn  # the batch makes no difference
+
+
+class FakePipeline:
+    def set_progress_bar_config(self, disable):
+        pass
+
+    def to(self, device):
+        return self
+
+
+class Qwen(FakePipeline):
+    def __call__(self, prompt, negative_prompt=None, true_cfg_scale=4.0, guidance_scale=None, **_):
+        self.got = (negative_prompt, true_cfg_scale, guidance_scale)
+        return types.SimpleNamespace(images=[None] * len(prompt))
+
+
+class Flux(FakePipeline):
+    def __call__(self, prompt, negative_prompt=None, true_cfg_scale=1.0, guidance_scale=3.5, **_):
+        self.got = (negative_prompt, true_cfg_scale, guidance_scale)
+        return types.SimpleNamespace(images=[None] * len(prompt))
+
+
+@pytest.mark.parametrize(
+    "kind, weight, got",
+    [
+        (Qwen, None, ([" ", " "], 4.0, None)),
+        (Qwen, 8.0, ([" ", " "], 8.0, None)),
+        (Flux, None, (None, 1.0, 3.5)),
+        (Flux, 8.0, (None, 1.0, 8.0)),
+    ],
+)
+def test_a_pipeline_is_guided_by_the_argument_that_it_reads(
+    kind, weight, got, tmp_path, monkeypatch
+):
+    pipeline = kind()
+    (tmp_path / "model_index.json").write_text("{}")
+    load = lambda *_, **__: pipeline
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", load)
+    sample = pipelines.pipeline_sampler(
+        str(tmp_path), "cpu", torch.float32, weight, lambda key: key
+    )
+    sample(["a", "b"], [1, 2])
+    assert pipeline.got == got

@@ -158,6 +158,17 @@ def test_a_missing_answer_is_neither_right_nor_free():
     assert none["accuracy"] == 0 and none["calibration error"] == 0 and none["unanswered"] == 1
 
 
+def test_a_judge_that_fails_now_and_then_does_not_seem_to_change_its_mind():
+    rows = [{"prompt": str(i), "broken": b} for i in range(8) for b in (False, True)]
+    p = np.array([0.2, 0.8] * 8)
+    before, after = p.copy(), p.copy()
+    before[:6], after[10] = math.nan, math.nan  # the accuracy rises from .625 to .9375
+    result = labels.compare(before, after, rows)
+    assert result["gain"] == (0, 0, 0)
+    none = labels.compare(np.full(16, math.nan), after, rows)
+    assert all(map(math.isnan, none["gain"]))
+
+
 def test_a_calibrated_judge_has_no_calibration_error():
     rows = [{"prompt": str(i), "broken": i < 7} for i in range(10)]
     assert labels.measures(np.full(10, 0.7), rows)["calibration error"] == pytest.approx(0)
@@ -277,6 +288,15 @@ def test_a_memory_that_cannot_be_read_is_set_aside(content, tmp_path, capsys):
     assert np.isfinite(answers("noise?", examples(1, tmp_path))).all()
     assert (tmp_path / "a.sqlite.unreadable").read_bytes() == content
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path, capsys):
+    memory = Answers(tmp_path / "answers.sqlite")
+    memory.db.execute("PRAGMA max_page_count = 1")
+    with pytest.raises(SystemExit, match="2"):
+        for i in range(1000):
+            memory.save(str(i), "x" * 100)
+    assert "is the disk full?" in capsys.readouterr().err
 
 
 def test_a_memory_that_another_command_holds_is_one_clear_error(tmp_path, capsys):

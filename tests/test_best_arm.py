@@ -83,10 +83,11 @@ def test_ucb_pulls_in_the_order_of_its_bounds():
     assert r.answers.pulls == [(question, 2) for question in (a, b, c, a, a, b, c, a)]
 
 
-def test_ucb_starts_with_sixteen_pictures_for_each_question():
-    r = race(["0", "-1"], pictures=100)
-    best_arm.ucb(r, 1, budget=0)
-    assert seen(r) == [16, 16]
+def test_ucb_starts_with_sixteen_pictures_for_each_question_or_what_the_budget_allows():
+    for budget, first in ((100, 16), (32, 16), (10, 5), (0, 1)):
+        r = race(["0", "-1"], pictures=100)
+        best_arm.ucb(r, 1, budget=min(budget, 32))
+        assert seen(r) == [first, first]
 
 
 def test_ucb_goes_on_with_the_others_when_the_best_has_seen_every_picture():

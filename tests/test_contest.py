@@ -71,6 +71,14 @@ def test_a_cure_is_compared_with_no_cure_seed_by_seed():
     assert table == {"GARDO": "+0.100 ± 0.248", "no cure": ""}
 
 
+def test_a_run_that_is_at_work_is_not_deleted(tmp_path, capsys):
+    live = tmp_path / "no_cure_seed1"
+    flags = ["--output-dir", str(tmp_path)]
+    with contest.lock(live, "--run-name"), pytest.raises(SystemExit, match="2"):
+        contest.train(flags, tmp_path / "results/no_cure_seed1.json", {})
+    assert live.is_dir() and "another command is writing there" in capsys.readouterr().err
+
+
 def test_early_stopping_is_the_run_without_a_cure_up_to_its_stopping_time(tmp_path):
     cfg = contest.Config(seeds=1, results=str(tmp_path))
     numbers = run((0.4, 0.5, 0.6), (0.6, 0.7, 0.3), distance=20)

@@ -414,7 +414,7 @@ def test_a_run_with_all_cures_resumes_as_if_nothing_had_happened(tmp_path):
         ("--cures.doubtful-share 0", "above 0"),
         ("--cures.doubted-by hps --rewards hps", "name it in --eval-rewards"),
         ("--cures.entropy-bonus -.4", "0 or greater"),
-        ("--cures.doubted-by stats --eval-rewards stats", "name it in --eval-rewards"),
+        ("--cures.doubted-by stats --eval-rewards edges", "name it in --eval-rewards"),
         ("--cures.doubted-by gold", "must not guide"),
         ("--cures.gradient-penalty 1 --dtype bfloat16", "needs --dtype float32"),
         ("--cures.average .9 --lora-rank 2", "not with --lora-rank"),

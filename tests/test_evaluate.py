@@ -15,6 +15,7 @@ from conftest import TEXTS, picture
 import evaluate
 import generate
 import rewards
+from training import files
 from training.files import ROOT
 from training.records import read_jsonl, write_jsonl
 
@@ -268,6 +269,27 @@ def test_a_mistyped_run_is_not_left_out_silently(flag, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(*filter(None, [flag, tmp_path / "nosuchrun"]))
     assert "nosuchrun: no such folder" in capsys.readouterr().err
+
+
+def test_a_run_before_its_first_test_is_left_out(tmp_path, capsys):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="2"):
+        run("--audit", tmp_path / "begun")
+    assert "begun: no run that was tested, and left out" in capsys.readouterr().err
+
+
+def test_two_commands_do_not_write_one_file_of_scores(generated, prompts, counting, capsys):
+    with files.lock(generated.parent, "--output", f".{generated.name}-scores-tiny.jsonl.lock"):
+        with pytest.raises(SystemExit, match="2"):
+            run("--images", generated, "--prompts", prompts, "--rewards", "jpeg")
+    assert "another command is writing there" in capsys.readouterr().err
+
+
+def test_a_judge_that_nothing_asks_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("--pairs", "x", "--rewards", "hps", "--judge-url", "http://127.0.0.1:9/v1")
+    assert "no reward `artifact` here uses it" in capsys.readouterr().err
 
 
 def test_what_has_nothing_in_common_is_not_compared(tmp_path, capsys):

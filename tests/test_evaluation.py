@@ -641,7 +641,7 @@ def test_the_headline_begins_at_zero(tmp_path):
     write_jsonl(run / "tests/step_000000.jsonl", first)  # two pictures of one prompt
     (headline, *_) = curves.hacking_curves([run]).axes
     (gold,) = [x for x in headline.get_lines() if str(x.get_label()).startswith("gold")]
-    unit = hacking.within_prompt_std(hacking.first_records(run), "gold")
+    unit = hacking.within_prompt_std(hacking.read_test(run, "first"), "gold")
     assert list(gold.get_ydata()) == pytest.approx([0, 0.1 / unit, 0.2 / unit])
 
 
@@ -690,13 +690,71 @@ def test_a_pool_without_gold_clean_has_no_share_of_artifact_free_pictures(tmp_pa
     assert len(curves.hacking_curves(runs).axes) > 2
 
 
-def test_a_missing_score_costs_a_picture_and_not_its_prompt():
+def test_every_n_is_a_mean_over_the_same_prompts():
+    """Prompt p lacks a score: as a member of the mean for n = 1 only, it would make choosing the
+    best of 4 look worse than choosing none."""
     pool = [
         {"id": prompt, "sample": k, "total": k, "gold": gold}
         for prompt, golds in (("p", (0.1, 0.5, 0.9, math.nan)), ("q", (0.1, 0.1, 0.1, 0.1)))
         for k, gold in enumerate(golds)
     ]
-    assert hacking.best_of_n(pool, 3, hacking.score_of("gold")) == pytest.approx((0.9 + 0.1) / 2)
+    values = [hacking.best_of_n(pool, n, hacking.score_of("gold")) for n in (1, 3, 4)]
+    assert values == pytest.approx([0.1, 0.1, 0.1])
+
+
+def test_the_mean_of_paired_differences_is_over_prompts_like_its_error():
+    before = [{"id": "a", "sample": k, "gold": 0.0} for k in range(9)]
+    before += [{"id": "b", "sample": 0, "gold": 0.0}]
+    after = [row | {"gold": float(row["id"] == "a")} for row in before]
+    assert hacking.paired(before, after, "gold") == pytest.approx((0.5, 0.5))
+
+
+def test_a_verdict_without_gold_or_proxy_is_a_sentence(tmp_path):
+    run = make_run(tmp_path / "run", [[0.5] * 4, [0.25] * 4], [0.1, 0.2])
+    control = make_run(tmp_path / "noise", [[0.5] * 4, [0.5] * 4], [0.1, 0.1], rewards="noise")
+    for file in [control / "test.jsonl", *control.glob("tests/*.jsonl")]:
+        write_jsonl(file, [{k: v for k, v in r.items() if k != "gold"} for r in read_jsonl(file)])
+    assert "control" not in hacking.verdict(run, control)  # it did not measure gold
+    config = read_json(control / "config.json")
+    config["flags"] |= {"rewards": "adversarial", "eval_rewards": ""}
+    (control / "config.json").write_text(json.dumps(config))
+    assert hacking.verdict(control).startswith("Gold was not measured, so no onset")
+
+
+def test_the_training_rewards_of_the_page_are_all_of_them_and_nothing_else(tmp_path):
+    run = make_run(tmp_path / "run", [[0.5], [0.5]], [0.1, 0.1], rewards="hps,artifact")
+    step = {"step": 1, "reward/total": 1.0}
+    for name in ("hps", "artifact"):
+        extra = ("", "/group_std", "/ceiling", "/advantage_corr")
+        step |= {f"reward/{name}{part}": 0.5 for part in extra}
+    write_jsonl(run / "metrics.jsonl", [step, step | {"step": 2}])
+    legend = curves.training_curves(hacking.read_run(run)).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["total", "hps", "artifact"]
+
+
+def test_a_group_has_the_colour_of_its_rewards_and_not_of_its_title(tmp_path):
+    """Titles name the flags in which experiments differ, "artifact" may be among them."""
+    flags = [
+        {"rewards": "noise"},
+        {"rewards": "noise", "learning_rate": 1.0},
+        {"rewards": "hps", "eval_rewards": "artifact,gold"},
+        {"rewards": "hps", "eval_rewards": "gold"},
+        {"rewards": "hps,artifact"},
+    ]
+    runs = [
+        make_run(tmp_path / str(i), [[0.5], [0.5]], [0.1, 0.1], **more)
+        for i, more in enumerate(flags)
+    ]
+    colors = list(curves.colors_of(hacking.runs_by_rewards(runs)).values())
+    assert colors[0] == curves.CONTROL and colors[2] == curves.HACK and colors[4] == curves.CURE
+    assert {colors[1], colors[3]} < set(curves.OTHERS) and colors[1] != colors[3]
+
+
+def test_an_address_with_the_word_stats_is_an_address():
+    config = {"flags": {"rewards": "hps@http://stats.lab:8100, stats", "eval_rewards": None}}
+    four = ["brightness", "saturation", "edges", "entropy"]
+    assert hacking.names_in(config, "rewards") == ["hps", *four]
+    assert hacking.names_in(config, "eval_rewards") == []
 
 
 def test_there_is_no_onset_without_gold(tmp_path):

@@ -68,11 +68,26 @@ def test_one_group_is_drawn_before_and_after_training(policy, tmp_path):
 
 def test_the_pictures_of_a_group_are_ranked_by_their_advantage(tmp_path):
     cfg = group_figure.Config(runs=(), pictures=3)
-    group = group_figure.ranked_group("tiny", {"hps": 1.0}, "sum", cfg)
+    group = group_figure.ranked_group("tiny", {"hps": 1.0}, cfg)
     advantages = [advantage for _, _, advantage in group]
     assert advantages == sorted(advantages, reverse=True)
     hps = [scores["hps"] for _, scores, _ in group]
     assert hps == sorted(hps, reverse=True)
+
+
+def test_a_run_that_samples_in_another_way_is_not_drawn(policy, tmp_path, capsys):
+    policy.save(tmp_path / "checkpoints/step-000002")
+    (tmp_path / "config.json").write_text('{"flags": {"rewards": "hps", "cot": false}}')
+    with pytest.raises(SystemExit):
+        group_figure.main(group_figure.Config((str(tmp_path),), pictures=2))
+    assert "has cot False; the figure shows runs with True" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [{"combine": "pareto"}, {"cures": grpo.Cures(spread=True)}])
+def test_what_the_text_does_not_explain_is_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        explain.first_step(grpo.Config(**flags))
+    assert "the plain method" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_checkpoint_cannot_be_drawn(tmp_path, capsys):

@@ -571,6 +571,20 @@ def test_a_step_that_does_not_fit_into_memory_ends_after_a_checkpoint_with_advic
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
     err = capsys.readouterr().err
     assert saved == [1] and "lower --micro-batch" in err and "saved step-1" in err
+    # Of several updates some may have been taken: the weights are no longer those before the step.
+    with pytest.raises(SystemExit, match="3"), stopping.rescued(lambda: saved.append(2), updates=2):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert saved == [1] and "lower --micro-batch" in capsys.readouterr().err
+
+
+def test_a_run_may_diverge_at_the_same_step_again(tmp_path, capsys):
+    for _ in range(2):
+        (tmp_path / "checkpoints/step-000002").mkdir(parents=True)
+        (tmp_path / "checkpoints/step-000002/state.json").write_text("{}")
+        with pytest.raises(SystemExit, match="3"):
+            far = {"kl_per_token": 9.0, "kl": 999.0, "weights_finite": 1}
+            stopping.stop_if_diverged(far, 2, tmp_path)
+    assert os.listdir(tmp_path / "checkpoints") == ["step-000002.diverged"]
 
 
 def test_a_shorter_second_life_leaves_nothing_of_the_first(whole_run, tmp_path):

@@ -36,7 +36,7 @@ def test_the_hub_reads_the_base_model_and_the_last_scores(tmp_path):
     assert "held out: `nothing`" in card.text and "| hps | 0.2500 |" in card.text
     flags = {"cures.average": 0.9, "cures.doubted_by": "artifact"}
     cured = model_card.model_card(a_run(tmp_path / "cured", **flags), 2)
-    assert "Last test (of the averaged weights, in `average/`)" in cured
+    assert "Last test, at step 2 (of the averaged weights, in `average/`)" in cured
     assert "`artifact` decided where the KL counts" in cured
     tiny = ModelCard(model_card.model_card(a_run(tmp_path / "tiny"), 2))
     assert tiny.data.base_model is None and tiny.data.license == "mit"

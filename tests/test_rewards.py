@@ -60,6 +60,8 @@ BAD = [
     ("hsp", "unknown reward 'hsp'"),
     ("hps:heavy", "'heavy' is no number"),
     ("hps:nan", "is no number"),
+    ("hps:-1", "'-1' is no number above 0"),
+    ("hps:0,artifact", "'0' is no number above 0"),
     ("hps,hps:2", "named twice"),
     ("hps@localhost", "does not have the form"),
 ]
@@ -243,7 +245,7 @@ def test_roles_are_read_from_the_flags():
 
 
 BAD_ROLES = [
-    ("", "gold", "sum", "a weight other than 0"),
+    ("", "gold", "sum", "name at least one"),
     ("hps,artifact", "gold,artifact,hps", "sum", "cannot be held out"),
     ("hps,edges,entropy", "", "sum", "--rewards edges, entropy: an image statistic"),
     ("hps", "adversarial,adversarial-pickscore", "sum", "adversarial, adversarial-pickscore: it"),

@@ -19,7 +19,7 @@ from training.records import read_jsonl, write_jsonl
 NAN = math.nan
 
 
-def test_pairs_are_of_one_prompt_and_complete():
+def test_pairs_are_of_one_prompt_and_a_missing_answer_says_nothing():
     examples = [
         {"prompt": "a", "broken": True},
         {"prompt": "a", "broken": False},
@@ -28,7 +28,8 @@ def test_pairs_are_of_one_prompt_and_complete():
         {"prompt": "c", "broken": False},
     ]
     p = np.array([[0.9, 0.5], [0.1, 0.75], [0.5, 0.5], [0.4, NAN], [0.3, 0.3]])
-    assert rubric.pair_differences(p, examples) == pytest.approx(np.array([[0.8, -0.25]]))
+    differences = [[0.8, -0.25], [0.5, 0.0]]
+    assert rubric.pair_differences(p, examples) == pytest.approx(np.array(differences))
     assert rubric.pair_differences(p[2:3], examples[2:3]).shape == (0, 2)
 
 
@@ -195,6 +196,19 @@ def test_without_a_question_that_helps_no_rubric_is_written(tmp_path, capsys):
     result = rubric.learn(["a", "b"], wrong, data, 2, tmp_path / "rubric.txt")
     assert "no question" in capsys.readouterr().out and not list(tmp_path.iterdir())
     assert result["questions"] == 0 and math.isnan(result["pairs of the rubric"][0])
+
+
+def test_a_question_that_gets_no_answer_costs_the_rubric_nothing(tmp_path):
+    rows = [{"prompt": str(i), "broken": b} for i in range(4) for b in (False, True)]
+    data = dict.fromkeys(("train", "validation", "test"), rows)
+
+    def judge(question, examples):
+        return np.array([NAN if question == "silent" else float(e["broken"]) for e in examples])
+
+    for questions, expected in ((["silent", "good"], 1), (["silent"], 0)):
+        result = rubric.learn(questions, judge, data, 2, tmp_path / "rubric.txt")
+        assert result["questions"] == expected
+    assert (tmp_path / "rubric.txt").read_text() == "1.0000 good\n"
 
 
 def test_a_rubric_needs_pairs_and_says_so_before_the_search(tmp_path, capsys):

@@ -277,8 +277,28 @@ def test_a_token_that_no_header_can_carry_is_refused(capsys, served):
 def test_null_and_nan_are_no_scores_and_the_others_count(nonsense):
     handler, url = nonsense
     handler.body = '{"scores": [null, NaN, 0.5]}'
-    scores = RemoteReward("x", url)(PROMPTS[:3], PHOTOS[:3])
+    remote = RemoteReward("x", url)
+    scores = remote(PROMPTS[:3], PHOTOS[:3])
     assert scores[:2].isnan().all() and scores[2] == 0.5
+    assert remote.failures == {"the server gave no score": 2}
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_a_served_reward_that_gives_another_number_of_scores_gives_none(number, monkeypatch):
+    monkeypatch.setattr(Jpeg, "__call__", lambda *_: torch.zeros(number))
+    server = serving.serve("jpeg", Jpeg(), 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    remote = RemoteReward("jpeg", f"http://127.0.0.1:{server.server_port}")
+    assert remote(PROMPTS, PHOTOS).isnan().all()
+    assert f"gave ({number},) scores for 3 pictures" in str(remote.failures)
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_missing_field_of_a_prompt_is_sent_as_null(served, hps):
+    metadata = [{"count": float("nan")}, {}, {}]
+    remote = RemoteReward("hps", served, each=5)
+    assert torch.equal(remote(PROMPTS, PHOTOS, metadata), hps(PROMPTS, PHOTOS))
 
 
 @pytest.mark.parametrize(
@@ -342,7 +362,9 @@ def test_deqa_is_served_from_its_own_environment(tmp_path):
             url = re.search(r"http://[\d.:]+", server.stdout.readline())[0]
             expected = [i % 5 + 1 for i in range(19)]  # more than two batches
             images = [Image.new("RGB", (8 * score, 8)) for score in expected]
-            assert RemoteReward("deqa", url)(["p"] * 19, images).tolist() == expected
+            remote = RemoteReward("deqa", url)
+            assert remote(["p"] * 19, images).tolist() == expected
+            assert remote.identity == f"deqa | {DeQA.checkpoint}"  # whose weights these are
         finally:
             server.kill()
 

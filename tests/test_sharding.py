@@ -330,6 +330,36 @@ def test_a_checkpoint_is_as_large_as_planned(lora_rank, config, tmp_path):
     assert 0 < size / 1e9 - moments < 1e-4  # names and numbers of steps come on top
 
 
+def test_copies_and_averages_are_part_of_a_checkpoint(config):
+    flags = grpo.Cures(average=0.9, reference_steps=5)
+    sizes = memory_plan.checkpoint_sizes(
+        memory_plan.janus_config("tiny"), 0, copies=2, average=True
+    )
+    plain = memory_plan.checkpoint_sizes(memory_plan.janus_config("tiny"), 0)
+    assert sizes[0] == 2 * plain[0] and sizes[1] == 2 * plain[1]
+    cfg = config(cures=flags)
+    policy, _ = grpo.load_policies(cfg)
+    cure = grpo.Cure(flags, policy, None, 0, [])
+    copies = sum(tensor.numel() * 4 for copy in cure.copies.values() for tensor in copy)
+    assert copies / 1e9 == pytest.approx(sizes[1] - plain[1])
+
+
+def test_without_guidance_the_update_has_one_branch():
+    name = "update: activations"
+    guided, cond, none = (
+        plan(**flags)[1][name] for flags in ({}, {"guided_update": False}, {"guided": False})
+    )
+    assert guided > cond == none
+    cfg = grpo.Config(model="deepseek-community/Janus-Pro-1B", preset="t2i-r1")
+    grpo.checks.fill_presets(cfg)
+    half = memory_plan.plan_of(cfg, 1, 0.0)[1]
+    cfg.guidance = "guided"
+    whole = memory_plan.plan_of(cfg, 1, 0.0)[1]
+    assert half[name] < whole[name]
+    sampling = "rollout: keys and values"
+    assert half[sampling] == whole[sampling]
+
+
 @pytest.mark.parametrize("lora, planned", [(0, 27), (16, 26)])
 def test_the_plan_is_what_the_backward_pass_keeps(lora, planned, policy):
     """Bytes counted by saved_tensors_hooks: a layer of the width of Janus-Pro-1B, in bfloat16."""

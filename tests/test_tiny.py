@@ -95,6 +95,9 @@ def test_an_object_of_any_colour_does_not_take_the_one_that_another_needs():
         "four red stars and four blue circles",
         "two red circles left of a blue star",
         "two red stars below",
+        "a pink circle and a red star",
+        "a star and five circles",
+        "a photo of a red star",
     ],
 )
 def test_what_this_world_cannot_draw_is_no_prompt_of_it(prompt, tmp_path, capsys):

@@ -15,7 +15,7 @@ from conftest import tensor
 import generate
 import grpo
 import rewards
-from training import processes, sharding
+from training import log, processes, sharding
 from training.policy import trainable
 from training.prompts import load_prompts
 
@@ -617,6 +617,15 @@ def test_a_shard_holds_an_averaged_gradient_and_the_norm_is_of_the_whole(
     norm = sharding.clip_gradients([parameter], 5.0)
     assert type(norm) is torch.Tensor and norm.item() == 10
     assert parameter.grad.full_tensor().tolist() == pytest.approx([3, 4], abs=1e-4)
+
+
+def test_a_shard_that_is_not_finite_is_seen(process_group):
+    mesh = dist.init_device_mesh("cpu", (1,))
+    for value, finite in ((1.0, 1), (math.nan, 0)):
+        shard = dist.tensor.distribute_tensor(tensor(value, 0.0), mesh, [dist.tensor.Shard(0)])
+        model = torch.nn.ParameterList([torch.nn.Parameter(shard)])
+        metrics = log.check_weights(types.SimpleNamespace(model=model))
+        assert metrics == {"weights_finite": finite, "processes_agree": 1}
 
 
 def policy_with_adapter():

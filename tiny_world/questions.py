@@ -54,7 +54,7 @@ class ScriptedEditor:
 
     def rewrite(self, question, reason, mistakes, rng):
         frame, phrases = self.parse(question)
-        new = rng.choice([phrase for phrase in self.PHRASES if phrase not in phrases])
+        new = rng.choice([p for p in self.PHRASES if p not in phrases] or phrases)
         if not phrases or (reason == "it misses faults" and rng.random() < 0.7):
             phrases.append(new)
         elif reason == "it gives false alarms" and len(phrases) > 1 and rng.random() < 0.7:

@@ -4,7 +4,7 @@ Run:   python -m tiny_world.train                  about 3.5 hours on one core; 
                                                    goes on when the command is repeated
        python -m tiny_world.train --only dino      one checkpoint
 
-You should see:  a progress bar for each checkpoint, then a line that says how good it is.
+You should see:  a progress bar for each checkpoint; of most a line that says how good it is.
 
 Read next: artifact_reward.py
 """

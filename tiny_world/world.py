@@ -105,8 +105,8 @@ def to_image(pixels):
 
 def parse_prompt(prompt):
     """What a prompt asks for: ([(shape, colour or None), ...], relation or None). Raises ValueError
-    for a prompt from outside this world: without objects, with more than four, or with a relation
-    that is not one of two single objects.
+    for a prompt from outside this world: without objects, with more than four, with a relation that
+    is not one of two single objects, or with other words than these, "and" and commas.
 
     >>> parse_prompt("two red stars")
     ([('star', 'red'), ('star', 'red')], None)
@@ -118,7 +118,9 @@ def parse_prompt(prompt):
     for number, color, shape in phrases:
         things += [(shape, color or None)] * NUMBERS[number]
     relation = re.search("|".join(RELATIONS), prompt.lower())
-    if not 1 <= len(things) <= 4 or (relation and not len(phrases) == len(things) == 2):
+    rest = re.sub(rf"{pattern}|\b({'|'.join(RELATIONS)}|and)\b|[\s,.]", "", prompt.lower())
+    two = len(phrases) == len(things) == 2
+    if rest or not 1 <= len(things) <= 4 or (relation and not two):
         raise ValueError(
             f"prompt {prompt!r}: the tiny world knows only phrases like 'two red stars' or "
             f"'a circle above a blue square', with up to four objects ({', '.join(SHAPES)})"

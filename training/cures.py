@@ -20,13 +20,12 @@ Read next: studies/contest.py, which measures them
 import contextlib
 import math
 import random
-import re
 from dataclasses import replace
 
 import torch
 
 from training.files import usage_error
-from training.flags import STATISTICS, Cures
+from training.flags import Cures, reward_names
 from training.pictures import distances
 from training.policy import trainable
 from training.processes import pick_device
@@ -35,18 +34,11 @@ from training.sharding import as_reference
 # Shapes:  N rollouts, G in a group   T tokens of a picture
 
 
-def names_of(text):
-    """ "a,b" -> ["a", "b"]."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def check(cfg):
     """Refuse flags of grpo.py that do not go together."""
     flags = cfg.cures
-    named = names_of(cfg.eval_rewards.replace("stats", STATISTICS))
-    heldout = [re.split("[@:]", part)[0] for part in named]
-    for name in names_of(flags.doubted_by):
-        if name not in heldout:
+    for name in reward_names(flags.doubted_by):
+        if name not in reward_names(cfg.eval_rewards):
             usage_error(f"--cures.doubted-by {name}: name it in --eval-rewards, too")
         if name.startswith("gold"):
             usage_error(f"--cures.doubted-by {name}: the truth must not guide the training")
@@ -201,7 +193,7 @@ class Cure:
 
     def __init__(self, flags=None, policy=None, references=None, seed=0, rows=()):
         self.flags, self.references, self.seed = flags or Cures(), references, seed
-        self.doubted_by = names_of(self.flags.doubted_by)
+        self.doubted_by = reward_names(self.flags.doubted_by)
         if self.flags.data_weight:
             references.check([row["prompt"] for row in rows])
         self.copies = {}  # name -> a tensor for each trained parameter; part of each checkpoint
@@ -242,8 +234,8 @@ class Cure:
     def data(self, policy, rollouts, group_size, step):
         """Rollouts whose pictures are references, one for each prompt, without thoughts: a thought
         names places and sizes, and a sampled one describes another picture than the reference.
-        Behind it the tiny policy gives references 34 nats; without thoughts 21, about as many as
-        its own pictures. None if they are not asked for."""
+        After such a thought a reference costs the tiny policy 34 nats; without thoughts 21, about
+        as many as its own pictures. None if they are not asked for."""
         if not self.flags.data_weight:
             return None
         first, chosen = rollouts[::group_size], []

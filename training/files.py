@@ -23,18 +23,21 @@ WRONG = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, er
 WRONG += (errno.EEXIST, errno.ENAMETOOLONG)
 
 
-def lock(folder, flag):
-    """Keep this folder for this process. The system releases the lock when the process ends,
-    however it ends. Returns the open file, which is the lock. flag: names another folder."""
+def lock(folder, flag, name=".lock"):
+    """Keep this folder for this process, or what else the file `name` in it stands for. The system
+    releases the lock when the process ends, however it ends. Returns the open file, which is the
+    lock. flag: names another folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
+        file = open(folder / name, "w")
     except OSError as problem:
         usage_error(f"--output-dir: {folder} cannot be written ({problem.strerror}); give another")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         usage_error(f"{folder}: another command is writing there; wait, or choose another {flag}")
+    except OSError as problem:  # a shared disk may have no locks
+        print(f"{folder} cannot be locked ({problem.strerror}): use it once only", file=sys.stderr)
     return file
 
 

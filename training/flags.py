@@ -4,6 +4,7 @@ Read next: checks.py
 """
 
 import os
+import re
 import time
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
@@ -15,7 +16,7 @@ import tyro
 JudgeUrls = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 # Rewards that learn along with the policy: their scores of two steps cannot be compared.
 LEARNING = ("adversarial", "adversarial-pickscore")
-STATISTICS = "brightness,saturation,edges,entropy"  # what the reward name "stats" stands for
+STATISTICS = ("brightness", "saturation", "edges", "entropy")  # the reward name "stats": all four
 Combine = Literal[  # see rewards.combine
     "sum", "normalized", "mean", "min", "uwo", "pareto", "winrate", "quantized", "constrained"
 ]
@@ -41,6 +42,20 @@ class Cures:
     def copies(self):
         """How many copies of the trained weights are in memory."""
         return bool(self.reference_steps) + bool(self.average) + 2 * bool(self.gradient_penalty)
+
+
+def reward_parts(text):
+    """The parts of --rewards or --eval-rewards, such as "hps:0.5"; "stats" stands for four."""
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    return [p for part in parts for p in (STATISTICS if part == "stats" else [part])]
+
+
+def reward_names(text):
+    """The names in --rewards or --eval-rewards.
+
+    >>> reward_names("hps:0.5, artifact@http://127.0.0.1:8000")
+    ['hps', 'artifact']"""
+    return [re.split("[:@]", part)[0] for part in reward_parts(text)]
 
 
 def cure_flags(cures=None):

@@ -72,12 +72,15 @@ def correlation(values, advantages):
 
 
 def check_weights(policy):
-    """Are the trained weights finite, and do all processes hold the same ones? By their sum (shards
-    are parts of one set of weights and cannot differ)."""
+    """Are the trained weights finite, and do all processes hold the same ones? By their sum. Shards
+    are not compared: they are parts of one set of weights."""
     trained = [p.detach() for p in policy.model.parameters() if p.requires_grad]
+    shards = [p.to_local() for p in trained if isinstance(p, DTensor)]
     total = sum(p.double().sum().item() for p in trained if not isinstance(p, DTensor))
     totals = gather([total])
-    finite = all(map(math.isfinite, totals))
+    finite = all(gather([all(p.isfinite().all() for p in shards)])) and all(
+        map(math.isfinite, totals)
+    )
     return {
         "weights_finite": int(finite),
         "processes_agree": int(len(set(totals)) == 1 or not finite),

@@ -69,10 +69,12 @@ def count_parameters(config, lora_rank, image_head=False):
 
 
 def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lora_rank,
-         checkpointing, rewards=0.0, copies=0, prompt=80, image_head=False):  # fmt: skip
+         checkpointing, rewards=0.0, copies=0, prompt=80, image_head=False,
+         guided_update=None):  # fmt: skip
     """(counts, gigabytes), two dicts: what -> number. GB are those of one GPU.
 
-    pictures: sampled at a time. thought, prompt: tokens. rewards: GB. copies: for cures."""
+    pictures: sampled at a time. guided: two branches in sampling, and in the update unless
+    guided_update says otherwise. thought, prompt: tokens. rewards: GB. copies: for cures."""
     total, trained, vq, exact = count_parameters(config, lora_rank, image_head)
     frozen = total if lora_rank else total - trained
     llama, T = config.text_config, config.vq_config.num_patches**2
@@ -80,8 +82,9 @@ def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lo
     branches, share = (2 if guided else 1), (min(world_size, NODE) if sharded else 1)
     head_size = D // llama.num_attention_heads
     kv_bytes = 2 * 2 * layers * llama.num_key_value_heads * head_size  # of one token, in bfloat16
+    scored = branches if guided_update is None else 1 + guided_update
     # The picture is scored after prompt and thought, guided; the thought after the prompt.
-    tokens = micro_batch * (branches * length + (prompt + thought if thought else 0))
+    tokens = micro_batch * (scored * length + (prompt + thought if thought else 0))
     # Numbers that a layer keeps for each token and hidden unit, counted by saved_tensors_hooks
     # (tests/test_sharding.py): 26.1, with LoRA 25.1. With checkpointing only its input is kept, and
     # all of the layer at work.
@@ -120,11 +123,13 @@ def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lo
     return counts, {n: v / 1e9 for n, v in (state | rollout | update | adam | peaks).items()}
 
 
-def checkpoint_sizes(config, lora_rank, image_head=False):
+def checkpoint_sizes(config, lora_rank, image_head=False, copies=0, average=False):
     """GB of a checkpoint's files: (weights, optimizer). float32 weights, with LoRA its matrices
-    alone; two moments of Adam for each trained parameter."""
+    alone, twice with an average of them; two moments of Adam for each trained parameter, and the
+    copies for cures."""
     total, trained, *_ = count_parameters(config, lora_rank, image_head)
-    return 4 * (trained if lora_rank else total) / 1e9, 8 * trained / 1e9
+    weights = 4 * (trained if lora_rank else total) * (1 + average)
+    return weights / 1e9, (8 + 4 * copies) * trained / 1e9
 
 
 def plan_of(cfg, world_size, rewards):
@@ -138,7 +143,8 @@ def plan_of(cfg, world_size, rewards):
     return plan(config, world_size, min(cfg.rollout_batch, most),
         min(cfg.micro_batch, rollouts), guided, cfg.max_thought * cfg.cot, cfg.shard, cfg.lora_rank,
         cfg.gradient_checkpointing, rewards, cfg.cures.copies(),
-        image_head=cfg.train_image_head)  # fmt: skip
+        image_head=cfg.train_image_head,
+        guided_update=guided and cfg.guidance == "guided")  # fmt: skip
 
 
 def rollouts_of(cfg, world_size):
@@ -162,8 +168,9 @@ def print_plan(cfg, world_size, rewards):
     )
     for name, value in gigabytes.items():
         print(f"{value:9.2f} GB   {name}")
+    kept = bool(cfg.cures.reference_steps) + bool(cfg.cures.average)
     weights, optimizer = checkpoint_sizes(
-        janus_config(cfg.model), cfg.lora_rank, cfg.train_image_head
+        janus_config(cfg.model), cfg.lora_rank, cfg.train_image_head, kept, bool(cfg.cures.average)
     )
     disk = (weights + optimizer) * (cfg.save_total_limit + 1)
     print(

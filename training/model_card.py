@@ -49,7 +49,7 @@ def model_card(folder, step):
         f"Trained from `{flags['model']}` by\n\n    {config['command']}\n\n"
         f"Trained on `{flags['rewards']}`; held out: `{flags['eval_rewards'] or 'nothing'}`. A "
         f"score that was trained on says nothing about the quality of the pictures.{guided} Last "
-        f"test{which}:\n\n"
+        f"test, at step {test['step']}{which}:\n\n"
         f"| measured | mean |\n|---|---|\n{rows}\n"
     )
 

@@ -214,7 +214,9 @@ def set_aside(root, wanted):
         for path in moved:
             (root / path).replace(aside / path)
         write_manifest(aside, {path: stale[path] for path in moved})
-        for folder in folders - {path.split("/")[0] for path in wanted}:
-            remove_empty(root / folder)
         print(f"{len(moved)} pictures of an earlier command are now in {aside}/")
+    needed = {path.split("/")[0] for path in wanted}
+    for folder in root.glob("[0-9]" * 5):
+        if folder.name not in needed:  # a stopped command may have left it, too
+            remove_empty(folder)
     return {path: entry for path, entry in entries.items() if path in wanted}

@@ -40,8 +40,8 @@ def load_prompts(path, flag="--prompts"):
     for number, row in enumerate(prompts, 1):
         if row["id"] in seen:
             usage_error(
-                f"{flag} {path}, entry {number}: id {row['id']!r} occurs twice; ids name files, "
-                "give each prompt its own"
+                f"{flag} {path}, entry {number}: id {row['id']!r} is taken; ids name files, give "
+                "each prompt its own (one without an id gets its place in the file, from 0)"
             )
         seen.add(row["id"])
     return prompts

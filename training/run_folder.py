@@ -247,6 +247,8 @@ def inputs_of(cfg, rewards):
     """What a run reads besides its flags, as texts that change with the contents."""
     inputs = {name: reward.identity for name, reward in rewards.items()}
     inputs["model"] = fingerprint(checkpoint_folder(cfg.model))  # of a hub name always the same
+    if cfg.references:
+        inputs["references"] = fingerprint(cfg.references)
     for flag in ("prompts", "test_prompts"):
         path = Path(getattr(cfg, flag))
         inputs[flag] = f"crc32 {crc32(path):08x}" if path.is_file() else str(path)

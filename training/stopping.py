@@ -6,6 +6,7 @@ Read next: run_folder.py
 import contextlib
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -57,7 +58,9 @@ def stop_if_diverged(metrics, step, folder):
         what = "NaN weights" if close else f"a KL of {metrics['kl']:.3g} nats"
         lost = folder / "checkpoints" / f"step-{step:06d}"
         if not close and lost.exists():
-            lost.rename(lost.with_name(f"{lost.name}.diverged"))
+            aside = lost.with_name(f"{lost.name}.diverged")
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier try
+            lost.rename(aside)
         good = checkpoints(folder)
         kept = f"{good[-1]} is from before it" if good else "no checkpoint is from before it"
         print(
@@ -86,10 +89,11 @@ def check_scores(scores, rewards, max_failures):
 
 
 @contextlib.contextmanager
-def rescued(save=None):
+def rescued(save=None, updates=1):
     """Around a step: if its rollouts have no scores, or memory runs out, save what was before it
     and end the run with code 3. The step is repeated when the run goes on. Around a test, without
-    `save`: if memory runs out, end the run with the same advice; the last checkpoint stays."""
+    `save`: if memory runs out, end the run with the same advice; the last checkpoint stays. So it
+    does in a step of several updates, of which some may have been taken."""
     try:
         yield
     except NoScores as reason:
@@ -97,7 +101,7 @@ def rescued(save=None):
     except torch.OutOfMemoryError as problem:
         reason = f"out of memory ({str(problem).splitlines()[0]}); lower --micro-batch, or use "
         reason += "--rollout-batch, --gradient-checkpointing, --lora-rank or --shard"
-        if save and world_size() == 1:
+        if save and updates == 1 and world_size() == 1:
             give_up(reason, 3, save())
         print(reason, file=sys.stderr)  # the other processes are in the middle of the step
         end_processes(3, alone=True)
