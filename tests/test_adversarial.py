@@ -379,6 +379,7 @@ def test_what_it_has_learned_survives_a_checkpoint(kind, tmp_path):
 
 
 def test_it_remembers_the_last_rollouts_and_no_more(monkeypatch):
+    assert adversarial_reward.REPLAY == 512  # four steps of the default
     monkeypatch.setattr(adversarial_reward, "REPLAY", 3)
     adversary = Scripted(steps=1)
     adversary.learn(["a", "b"], [1, 2])
@@ -591,3 +592,13 @@ def test_a_pipeline_is_guided_by_the_argument_that_it_reads(
     )
     sample(["a", "b"], [1, 2])
     assert pipeline.got == got
+
+
+def test_each_reference_of_a_prompt_is_shown(tmp_path):
+    prompt = "a red star"
+    chosen = lambda r: {r.choose(prompt, random.Random(n)).tobytes() for n in range(100)}
+    for n in range(3):
+        world.reference_picture(prompt, n).save(tmp_path / f"{n}.png")
+    (tmp_path / "r.json").write_text(json.dumps({prompt: [f"{n}.png" for n in range(3)]}))
+    assert len(chosen(adversarial_reward.References(tmp_path / "r.json"))) == 3
+    assert len(chosen(adversarial_reward.References())) == 8

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import evaluate
-from evaluation import alarms
+from evaluation import alarms, hacking
 from training.records import write_jsonl
 
 
@@ -138,3 +138,54 @@ def test_a_reward_that_decides_where_the_kl_counts_is_no_witness():
     assert alarms.held_out_names({"flags": flags}) == ["artifact", "hps"]
     guided = {"flags": flags | {"cures.doubted_by": "artifact"}}
     assert alarms.held_out_names(guided) == ["hps"]
+
+
+def test_held_out_is_the_score_that_has_fallen_most_since_the_first_test(tmp_path):
+    """pickscore falls by .1 and .3 (error .1), later by .3 and .5; artifact does not fall."""
+    tests = [
+        [{"hps": h, "artifact": 0.5 + d / 10, "pickscore": 0.9 - d} for d in falls]
+        for h, falls in ((0.5, (0, 0)), (0.6, (0.1, 0.3)), (0.7, (0.3, 0.5)))
+    ]
+    for names in ("artifact,pickscore", "pickscore,artifact"):
+        run = make_run(tmp_path / names, tests, heldout=names)
+        assert alarms.held_out(run) == {10: pytest.approx(2), 20: pytest.approx(4)}
+
+
+def test_pictures_are_measured_in_deviations_of_the_base_policys_and_in_both_directions(tmp_path):
+    """Deviation sqrt 2 in the first test; edges fall by 2, then by 3, and spread out."""
+    records = lambda *edges: [{"hps": 0.5, "image/edges": e} for e in edges]
+    run = make_run(tmp_path / "run", [records(4, 6), records(0, 6), records(-6, 10)])
+    assert alarms.pictures(run) == {10: pytest.approx(2**0.5), 20: pytest.approx(3 / 2**0.5)}
+
+
+def test_diversity_is_that_of_the_last_ten_steps_and_may_fall(tmp_path):
+    """1 ten times, then .9, .8, ... : the mean of ten after step 20 is .45, after step 21 .35."""
+    values = [1.0] * 10 + [1 - n / 10 for n in range(1, 11)] + [-0.1]
+    run = make_run(tmp_path / "run", [[{"hps": 0.5}]], [{"diversity": v} for v in values])
+    assert alarms.diversity(run) == {20: pytest.approx(0.55), 21: pytest.approx(0.65)}
+
+
+def test_parting_is_the_largest_sum_of_the_held_out_scores(tmp_path):
+    usual = [0.5 + 0.1 * (-1) ** i for i in range(10)]
+    rows = [{"reward/hps": u, "held-out/a": u, "held-out/b": u} for u in usual]
+    rows += [{"reward/hps": 0.9, "held-out/a": 0.0, "held-out/b": 0.5}]
+    for names in ("a,b", "b,a"):
+        run = make_run(tmp_path / names, [[{"hps": 0.5}]], rows, heldout=names)
+        assert alarms.parting(run)[11] == pytest.approx(0.5 / (0.1 * (10 / 9) ** 0.5) - 1)
+
+
+def test_a_control_has_no_onset(tmp_path):
+    for reward, expected in (("hps", 0), ("noise", None)):
+        tests = [[{reward: r, "gold": g, "kl": 0.0}] * 2 for r, g in ((0.1, 0.9), (0.9, 0.1))]
+        run = make_run(tmp_path / reward, tests, heldout="gold", rewards=reward)
+        write_jsonl(run / "test.jsonl", [{"step": 10 * n, **t[0]} for n, t in enumerate(tests)])
+        assert hacking.onset(run) == expected
+
+
+def test_reward_drivers_are_of_the_first_and_of_the_last_steps(tmp_path):
+    run = make_run(tmp_path / "run", [[{"hps": 0.5}]], heldout="")
+    for step in range(3):
+        rows = [{"hps": v * step, "advantage": v} for v in (-1.0, 1.0)]
+        write_jsonl(run / f"rollouts/step_{step:06d}.jsonl", rows)
+    rows = hacking.reward_drivers(run, steps=1)
+    assert [row["std within a group"] for row in rows] == pytest.approx([0, 2 * 2**0.5])

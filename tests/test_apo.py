@@ -15,7 +15,7 @@ import apo
 from evaluation import labels
 from evaluation.answers import Answers
 from training.files import ROOT
-from training.records import read_jsonl
+from training.records import read_jsonl, write_jsonl
 
 PAIRS = ROOT / "tiny_world" / "pairs"
 PLAIN = "Are there artifacts in this picture? Answer yes or no."
@@ -635,3 +635,72 @@ def test_the_search_never_opens_the_test_split(data):
     cfg = apo.Config(rounds=2)
     best, *_ = apo.optimize(PLAIN, Closed(data), answers, Rephraser(), "full", 0, cfg)
     assert "yes or no" in best
+
+
+def test_each_search_has_its_seed_and_is_measured_on_the_test_split(tmp_path, monkeypatch):
+    """On the other splits the judge is right; on the test split red pictures are labelled clean."""
+    for split in ("train", "validation", "test"):
+        rows = []
+        for red in sorted((False, True), reverse=split == "test"):
+            file = f"{split}_{red}.png"
+            picture((255 * red, 0, 0)).save(tmp_path / file)
+            label = int(red != (split == "test"))
+            rows.append({"path": file, "prompt": split, "label": label})
+        write_jsonl(tmp_path / f"{split}.jsonl", rows)
+    seeds, better = [], "Is there noise? yes or no"
+
+    def optimize(first, data, judge, writer, how, seed, cfg):
+        seeds.append((how, seed))
+        return better, [{"question": better, "log-likelihood": 0.0}], [], {}
+
+    monkeypatch.setattr(apo, "optimize", optimize)
+    monkeypatch.setattr(apo, "load_judge", lambda cfg: (Judge(), "known"))
+    flags = f"--data {tmp_path} --output-dir {tmp_path}/out --seeds 3 4 --select full ucb"
+    apo.main(tyro.cli(apo.Config, args=flags.split()))
+    assert seeds == [("full", 3), ("ucb", 3), ("full", 4), ("ucb", 4)]
+    result = json.loads((tmp_path / "out/full_seed3/result.json").read_text())
+    assert result["accuracy before"][0] == 0.5 and result["accuracy after"][0] == 0
+    assert result["calls"] == 0
+    page = (tmp_path / "out/full_seed3/report.html").read_text()
+    assert "Still judged wrongly" in page and page.count("data:image/png") == 2
+
+
+class Served:
+    """A served writer: answers with a number in turn; notes what it is asked."""
+
+    model = "writer"
+
+    def __init__(self):
+        self.asked = []
+
+    def write(self, text, images, temperature, seed):
+        self.asked.append((text, [image.getpixel((0, 0))[0] for image in images], seed))
+        return f"answer {len(self.asked)}"
+
+    def ask(self, calls):
+        return [call() for call in calls]
+
+
+def test_the_writer_is_told_the_truth_about_the_pictures_that_it_is_shown(tmp_path):
+    rows, served = examples(2, tmp_path), Served()  # black is clean, red is broken
+    writer = apo.Writer(served, apo.CachedJudge(tmp_path / "a.sqlite", Judge(), "judge"))
+    mistakes = [(rows[1], 0.2), (rows[2], 0.9)]
+    assert writer.reason("Q?", mistakes, random.Random(0)) == "answer 1"
+    text, shown, _ = served.asked[0]
+    assert "Q?" in text and shown == [255, 0]
+    assert "Picture 1: it is broken; the answer gave 20% for broken." in text
+    assert "Picture 2: it is not broken; the answer gave 90% for broken." in text
+    assert writer.rewrite("Q?", "too vague", mistakes, random.Random(0)) == "answer 2"
+    assert "Q?" in served.asked[1][0] and "too vague" in served.asked[1][0]
+    assert writer.paraphrase("Q?", random.Random(0)) == "answer 3"
+    assert "Q?" in served.asked[2][0] and served.asked[2][1] == []
+
+
+def test_an_answer_of_the_writer_is_kept_for_its_text_pictures_and_seed(tmp_path):
+    rows, served = examples(2, tmp_path), Served()
+    writer = apo.Writer(served, apo.CachedJudge(tmp_path / "a.sqlite", Judge(), "judge"))
+    ask = lambda text, row, seed: writer.write(text, [(rows[row], 0.5)], random.Random(seed))
+    first = ask("text", 0, 0)
+    assert ask("text", 0, 0) == first and len(served.asked) == 1
+    others = [ask("other", 0, 0), ask("text", 2, 0), ask("text", 0, 1)]
+    assert len({first, *others}) == 4 and len({seed for *_, seed in served.asked}) == 2

@@ -144,7 +144,7 @@ def test_the_kl_counts_only_for_doubtful_rollouts():
 
 def test_each_rollout_has_its_own_weight_of_the_kl(policy, rollouts, config):
     """Without advantages, and with beta 0 for all but two, the loss is the KL of these two."""
-    cfg, other = config(), copy.deepcopy(policy)
+    cfg, other = config(micro_batch=3), copy.deepcopy(policy)
     with torch.no_grad():
         for parameter in trainable(other):
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -426,3 +426,51 @@ def test_flags_that_do_not_go_together_are_refused(flags, rule, capsys, tmp_path
     with pytest.raises(SystemExit, match="2"):
         grpo.main(tyro.cli(grpo.Config, args=[*flags.split(), "--output-dir", str(tmp_path)]))
     assert rule in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("truth", ["gold", "gold-clean", "gold-aligned"])
+def test_no_part_of_the_truth_guides(truth, config, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cures.check(config(cures=Cures(doubted_by=truth)))
+    assert "the truth must not guide" in capsys.readouterr().err
+
+
+def test_the_distances_of_one_group_do_not_count_in_another():
+    black, grey, white = picture((0, 0, 0)), picture((102, 102, 102)), picture((255, 255, 255))
+    other = [black, picture((51, 51, 51)), white, white]  # nearest: .2, .2, 0, 0; mean .1
+    got = cures.spread(tensor(*[1.0] * 8), [black, black, grey, white, *other], 4)
+    assert got.tolist() == pytest.approx([0, 0, 1.6, 2.4, 2, 2, 0, 0], abs=1e-4)
+
+
+def test_references_are_drawn_anew_for_each_seed_step_and_prompt(policy, rollouts):
+    drawn, rows = {}, [{"prompt": prompt} for prompt in PROMPTS]
+
+    class Listed:
+        check = staticmethod(lambda prompts: None)
+
+        def choose(self, prompt, rng):
+            drawn[where, prompt] = rng.random()
+            return References().choose(prompt, random.Random(0))
+
+    for where in ((7, 0), (7, 1), (8, 0)):
+        cure = Cure(Cures(data_weight=0.5), policy, Listed(), where[0], rows)
+        cure.data(policy, rollouts, 4, step=where[1])
+    assert len(set(drawn.values())) == len(drawn) == 6
+
+
+def test_the_data_anchor_scores_with_the_guidance_of_the_policy(policy, rollouts, config):
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    cure = Cure(Cures(data_weight=0.5), policy, References(None), 7, rows)
+    data = cure.data(policy, rollouts, 4, step=0)
+    cfg = config(cures=cure.flags, prompts_per_step=2, beta=0.0, cfg_weight=2.0, micro_batch=1)
+    _, metrics = update(policy, rollouts, torch.zeros(8), cfg, data=data)
+    expected = -0.5 * grpo.all_logprobs(policy, data, cfg)[:, -64:].mean().item()
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_flattened_gradient_is_what_is_scaled_down(policy, rollouts, config):
+    advantages = tensor(1.0, -0.5, 0.25, 0.0, 2.0, -1.0, -2.0, 0.5)
+    cfg = config(max_grad_norm=0.01, cures=Cures(gradient_penalty=2.0))
+    flat, metrics = update(policy, rollouts, advantages, cfg, lr=1.0)
+    change = torch.cat([(a - b).flatten() for a, b in zip(trainable(flat), trainable(policy))])
+    assert metrics["grad_norm"] > 0.01 and change.norm().item() == pytest.approx(0.01, rel=1e-3)

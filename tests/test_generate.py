@@ -480,3 +480,17 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         generate.load_policy(str(tmp_path))
     assert "'llama'" in capsys.readouterr().err
+
+
+def test_the_flags_of_the_command_reach_the_sampler():
+    cfg = generate.Config(prompt="a red star", cot=False, cfg_weight=3.0, device="cpu")
+    sampler, weight = generate.policy_sampler(cfg, "cpu", torch.float32)
+    prompts, keys = ["a red star"], [(1, 0, 0, 0)]
+    images, thoughts = sampler(prompts, keys)
+
+    def draw(**flags):
+        flags |= {"cot": False, "max_thought": cfg.max_thought}
+        return generate.sample(generate.load_policy(), prompts, keys, **flags).images[0].tobytes()
+
+    assert weight == 3 and thoughts == [""]
+    assert images[0].tobytes() == draw(cfg_weight=3.0) != draw()

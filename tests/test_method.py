@@ -181,6 +181,7 @@ def test_what_is_sampled_and_what_is_scored_under_guidance(policy, config):
     assert weights == {"guided": (5.0, 5.0), "cond": (5.0, 1.0), "none": (1.0, 1.0)}
     assert config().guidance == "guided"  # the exact one, unless another is asked for
     assert grpo.guidance_weights(config(), policy) == (1.0, 1.0)  # the tiny checkpoint's own
+    assert grpo.guidance_weights(config(cfg_weight=0.0), policy) == (0.0, 0.0)
 
 
 def naive_logprobs(policy, prompt, thought_ids, thought, image_ids, cfg_weight):

@@ -10,6 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from conftest import picture
 from PIL import Image
 
 import artifact_reward
@@ -365,3 +366,31 @@ def test_a_reward_that_reads_the_prompt_needs_one(tmp_path, capsys):
     assert "hps compares the picture with its prompt; give --prompt" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         rewards.main(rewards.Config("score", "brightness,jpeg", (picture,)))
+
+
+def test_flags_reach_the_judge_and_the_adversary(config, monkeypatch):
+    got = {}
+    monkeypatch.setattr(
+        rewards,
+        "load",
+        lambda name, *_, **flags: got.update({name: flags}) or types.SimpleNamespace(),
+    )
+    cfg = config(rewards="artifact,adversarial", question="Torn? yes or no", judge_model="qwen")
+    cfg.judge_url, cfg.references, cfg.seed = ("http://here/v1",), "folder", 7
+    cfg.adversary_steps, cfg.adversary_update = 3, "beaten"
+    rewards.load_all(cfg, {"artifact": 1.0, "adversarial": 1.0}, [], [{"prompt": "a star"}])
+    judge = {
+        "judge_urls": ("http://here/v1",),
+        "judge_model": "qwen",
+        "question": "Torn? yes or no",
+    }
+    adversary = {"references": "folder", "steps": 3, "when": "beaten", "seed": 7}
+    assert got == {"artifact": judge, "adversarial": adversary}
+
+
+def test_behind_a_damaged_picture_each_keeps_its_own_prompt_and_row():
+    seen = []
+    reward = {"n": lambda *columns: seen.append(list(zip(*columns))) or torch.zeros(2)}
+    images = [picture(), None, picture((9, 9, 9))]
+    rewards.score_opened(reward, list("abc"), images, list("xyz"))
+    assert seen == [[("a", images[0], "x"), ("c", images[2], "z")]]

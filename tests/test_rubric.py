@@ -234,3 +234,25 @@ def test_wrong_flags_are_refused(flags, rule, capsys):
     with pytest.raises(SystemExit, match="2"):
         apo.main(tyro.cli(apo.Config, args=flags))
     assert rule in capsys.readouterr().err
+
+
+def test_the_test_split_chooses_no_question_of_a_rubric_and_measures_it(tmp_path):
+    """On the test split "good" is always wrong and "bad" right."""
+    asked = []
+
+    def judge(question, examples):
+        (split,) = {e["split"] for e in examples}
+        asked.append((split, question))
+        right = (question == "good") != (split == "test")
+        return np.array([float(e["broken"] == right) for e in examples])
+
+    data = {
+        split: [
+            {"prompt": str(i), "split": split, "broken": b} for i in range(6) for b in (False, True)
+        ]
+        for split in ("train", "validation", "test")
+    }
+    result = rubric.learn(["bad", "good"], judge, data, 2, tmp_path / "rubric.txt")
+    assert (tmp_path / "rubric.txt").read_text() == "1.0000 good\n"
+    assert result["pairs of the rubric"][0] == 0
+    assert [question for split, question in asked if split == "test"] == ["good"]

@@ -438,7 +438,7 @@ def worth(prompts, images, metadata):
 def test_a_test_draws_the_same_pictures_of_the_test_prompts_each_time(policy, config, guidance):
     """Five pictures of three prompts: one of each, then a second one of the first two."""
     reference = other_policy(policy)
-    cfg = config(eval_images=5, micro_batch=2, guidance=guidance, cfg_weight=2.0)
+    cfg = config(eval_images=5, micro_batch=2, rollout_batch=2, guidance=guidance, cfg_weight=2.0)
     known = known_rewards({"a": 1.0}, a=worth, b=lambda *_: -worth(*_))
     records, images = grpo.evaluate_policy(policy, reference, known, ROWS, cfg)
     jobs = [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)]
@@ -456,7 +456,11 @@ def test_a_test_draws_the_same_pictures_of_the_test_prompts_each_time(policy, co
     for record, mask, d in zip(records, rollouts.mask, ref - pi):
         kl = sum(math.exp(x) - x - 1 for x in d[mask].tolist())  # nats of the whole rollout
         assert record["kl"] == pytest.approx(kl, rel=1e-3) and kl > 0
-        assert abs(record["check/surprise"]) < 2  # nats: one picture's mean, of a few it is 0
+    with torch.no_grad():
+        own = generate.logprobs(policy, rollouts, weight, generate.with_entropies)
+    for record, mask, both in zip(records, rollouts.mask, own):
+        surprise = -both[mask].sum(1).mean().item()  # -log pi - entropy
+        assert record["check/surprise"] == pytest.approx(surprise, abs=1e-4)
     statistics = {"brightness", "saturation", "edges", "entropy"}
     assert {f"image/{name}" for name in statistics} <= records[0].keys()
 
@@ -716,3 +720,10 @@ def test_what_does_not_fit_alone_ends_the_run(config, monkeypatch):
     cfg = config(cfg_weight=1.0, rollout_batch=2)
     got = grpo.rollout("policy", ROWS, [(0, k) for k in range(3)], 5, cfg)
     assert sizes == [2, 1, 1, 1] and got.keys == [(42, 5, 0, k) for k in range(3)]
+
+
+def test_the_flag_of_the_image_head_reaches_the_policy(config):
+    head = lambda policy: {p.requires_grad for p in policy.model.model.generation_head.parameters()}
+    for wanted in (False, True):
+        policy, reference = grpo.load_policies(config(train_image_head=wanted))
+        assert head(policy) == {wanted} and head(reference) == {False}

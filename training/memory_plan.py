@@ -114,11 +114,8 @@ def plan(config, world_size, pictures, micro_batch, guided, thought, sharded, lo
         "update: logits in float32": 4 * micro_batch * (sum(logits) + 4 * max(logits)),
     }
     adam = {"optimizer: square roots, 4 bytes for each trained parameter": 4 * trained / share}
-    peaks = {
-        "peak of the optimizer": sum((state | adam).values()),
-        "peak of the rollout": sum((state | rollout).values()),
-        "peak of the update": sum((state | update).values()),
-    }
+    parts = {"optimizer": adam, "rollout": rollout, "update": update}
+    peaks = {f"peak of the {n}": sum((state | part).values()) for n, part in parts.items()}
     counts = {"total": total, "trained": trained, "tokens of a picture": T}
     return counts, {n: v / 1e9 for n, v in (state | rollout | update | adam | peaks).items()}
 
