@@ -99,9 +99,9 @@ def compare(a, b, output):
     for i, j in couples[:48]:
         row = {"A": opened(pictures_a[i]), "B": opened(pictures_b[j]), "prompt": first[i]["prompt"]}
         gallery.append(row | {f"{key} A": first[i][key], f"{key} B": second[j][key]})
-    names = Markup("<p>A: {}<br>B: {}</p>").format(a, b)
+    title = Markup("<p>A: {}<br>B: {}</p>").format(a, b)
     changes = f"Side by side, the largest changes of {key} first"
-    body = names + pages.table(table) + pages.sections({changes: gallery})
+    body = title + pages.table(table) + pages.sections({changes: gallery})
     with atomic(output) as file:
         file.write(pages.page("Two runs, picture by picture", body))
     return table

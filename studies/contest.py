@@ -126,6 +126,8 @@ def train(flags, result, facts):
 def train_missing(jobs, workers):
     """jobs: [(flags, result, facts)] of `train`. Trains those without a result, `workers` at a
     time; returns error messages."""
+    if workers < 1:
+        usage_error(f"--workers {workers}: must be 1 or more")
     todo, errors = [job for job in jobs if not job[1].is_file()], []
     with ThreadPoolExecutor(workers) as pool:
         pending = [pool.submit(train, *job) for job in todo]

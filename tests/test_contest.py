@@ -79,6 +79,12 @@ def test_a_run_that_is_at_work_is_not_deleted(tmp_path, capsys):
     assert live.is_dir() and "another command is writing there" in capsys.readouterr().err
 
 
+def test_a_contest_needs_a_worker(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        contest.train_missing([], 0)
+    assert "--workers 0: must be 1 or more" in capsys.readouterr().err
+
+
 def test_early_stopping_is_the_run_without_a_cure_up_to_its_stopping_time(tmp_path):
     cfg = contest.Config(seeds=1, results=str(tmp_path))
     numbers = run((0.4, 0.5, 0.6), (0.6, 0.7, 0.3), distance=20)
