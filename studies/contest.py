@@ -16,7 +16,7 @@ is held out, measures what became of the pictures:
 Run:   python -m studies.contest              train what is missing (hours; a stopped contest goes
                                               on), then print two tables, draw docs/contest.png
        python -m studies.contest --seeds 0    the tables of docs/contest/, nothing is trained
-       python -m studies.contest --cures "no cure" control "judge, summed"    these three alone
+       python -m studies.contest --cures "no cure" control    train these two only
 
 You should see:  a progress bar over all runs, then one line for each alarm of evaluation/alarms.py
 and one for each cure. Each run's numbers and command are kept in docs/contest/, so the tables can

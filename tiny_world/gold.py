@@ -10,7 +10,8 @@ place that fit best, draws the scene again from these objects, and compares.
 
 `unexplained` counts the pixels that no object accounts for: debris, holes, halos, bleeding colours,
 two shapes fused into one. No policy is trained on gold. The judge is, in part: gold-clean labels
-the policy's own pictures, a quarter of the judge's training data (train_judge.py).
+the policy's own pictures, a quarter of the judge's training data (train_judge.py). And the choices
+that hps is fitted to use `alignment` of the scenes that were drawn (train_preferences.py).
 
 Read next: questions.py
 """
