@@ -82,7 +82,6 @@ class Config:
     adversary_update: Literal["always", "beaten"] = "always"  # beaten: while it is fooled
     question: str | None = None  # for the judge: a text or a file, as apo.py writes [its own]
     max_failures: float = 0.5  # stop when a larger share of a step's rollouts has no score
-
     cures: Cures = field(default_factory=Cures)  # to compare with: training/cures.py
 
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also log there
@@ -177,7 +176,6 @@ def grpo_loss(logprobs_NS, old_NS, reference_NS, advantages_N, mask_NS, beta, ep
 
 def guidance_weights(cfg, policy):
     """Two guidance weights for pictures: of sampling, and of the log-probabilities.
-
     guided  both guided: exact, on-policy; log-probabilities need two branches.
     cond    samples guided, log-probabilities of the conditional branch only: as released by T2I-R1
             and ArtifactReward. Not the gradient of the expected reward; the logged KL is no KL.
@@ -375,7 +373,7 @@ def load_policies(cfg, checkpoint=None):
         policy = generate.load_policy(cfg.model, "cpu", dtype)
         sharding.add_lora(policy, cfg.lora_rank, cfg.seed)
         if checkpoint:
-            sharding.load_lora(policy.adapter, checkpoint)
+            sharding.resume_lora(policy, checkpoint)
         sharding.cast_frozen_weights(policy).model.to(device)
         reference = None
     else:
@@ -387,8 +385,10 @@ def load_policies(cfg, checkpoint=None):
         reference.model.requires_grad_(False)
         sharding.cast_frozen_weights(reference)
         reference = sharding.shard(reference) if cfg.shard else reference
-        reference.cuda_graph = cfg.cuda_graph
-    policy.cuda_graph = cfg.cuda_graph
+    # A checkpoint is drawn from as it was trained, and both policies read one instruction.
+    policy.model.generation_config.guidance_scale = guidance_weights(cfg, policy)[0]
+    for each in filter(None, (policy, reference)):
+        each.cuda_graph, each.reasoning = cfg.cuda_graph, policy.reasoning
     if cfg.gradient_checkpointing:
         policy.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     return policy, reference

@@ -107,6 +107,14 @@ FILES = {
         "text, neon sign, night\na cat\n",
         numbered("text, neon sign, night", "a cat"),
     ),
+    "text of single words": (
+        "text, neon, night\na cat, dog, bird\n",
+        numbered("text, neon, night", "a cat, dog, bird"),
+    ),
+    "text with a word like a header's": (
+        "texture, wood\na cat\n",
+        numbered("texture, wood", "a cat"),
+    ),
     "quotes in plain text": ('"Hello"\n', numbered('"Hello"')),
     "a line longer than csv allows": ("x" * 200_000, numbered("x" * 200_000)),
 }

@@ -75,6 +75,32 @@ def test_a_resumed_run_has_its_multipliers_again(constrained, tmp_path):
     )
 
 
+def test_a_run_without_thoughts_goes_on_and_is_drawn_from_as_it_was_trained(tmp_path):
+    """The text head has no gradient then, so Adam has no moments for it."""
+    flags = "--rewards hps --best-of 0 --no-cot --cfg-weight 2".split()
+    _, whole = run(tmp_path / "whole", *flags, "--max-steps", "2")
+    _, parts = run(tmp_path / "parts", *flags, "--max-steps", "1")
+    run(tmp_path / "parts", *flags, "--max-steps", "2", "--resume", "latest")
+    file = "checkpoints/step-000002/model.safetensors"
+    first, second = (generate.load_policy(str(folder)) for folder in (whole, parts))
+    assert generate.default_cfg_weight(first) == generate.default_cfg_weight(second) == 2
+    last = [read_jsonl(folder / "rollouts/step_000001.jsonl") for folder in (whole, parts)]
+    assert [r["hps"] for r in last[0]] == [r["hps"] for r in last[1]]
+    assert (whole / file).is_file()
+
+
+def test_policy_and_reference_read_one_instruction(tmp_path, monkeypatch, config):
+    """Also where a checkpoint brings an older one than the base model."""
+    for rank in (0, 2):
+        cfg, place = config(lora_rank=rank, cfg_weight=3.0), tmp_path / str(rank)
+        policy, _ = grpo.load_policies(cfg)
+        policy.reasoning = "Describe: {}"
+        policy.save(place)
+        policy, reference = grpo.load_policies(cfg, place)
+        assert policy.reasoning == "Describe: {}" == (reference or policy).reasoning
+        assert generate.default_cfg_weight(generate.load_policy(str(place))) == 3
+
+
 def test_a_run_with_a_cure_uses_it_in_its_steps(tmp_path):
     flags = "--rewards hps --best-of 0 --max-steps 1 --cures.entropy-bonus .4 --cures.average .5"
     _, folder = run(tmp_path, *flags.split())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import JanusForConditionalGeneration, JanusProcessor
+from transformers import GenerationConfig, JanusForConditionalGeneration, JanusProcessor
 
 from training.files import ROOT, fingerprint, usage_error
 from training.run_folder import checkpoint_folder
@@ -60,6 +60,7 @@ class Policy:
         alone, as peft's PeftModel.from_pretrained(base, folder) takes them."""
         if self.adapter:
             self.adapter.save_pretrained(folder, save_embedding_layers=False)  # as in load_lora
+            self.model.generation_config.save_pretrained(folder)  # has the guidance weight
             base = fingerprint(checkpoint_folder(self.name))  # as it is now
             (Path(folder) / "base.txt").write_text(f"{base}\n")
         else:
@@ -124,6 +125,8 @@ def load_policy(name_or_path="tiny", device="cpu", dtype=torch.float32, train_im
             )
         policy = load_policy(base, "cpu", dtype)
         model, processor = merge_lora(policy.model, path), policy.processor
+        if (path / "generation_config.json").is_file():
+            model.generation_config = load_part(GenerationConfig, path)
     else:
         check_janus(name_or_path, path)
         source = path if path.is_dir() else name_or_path

@@ -15,6 +15,8 @@ import re
 
 # Names of the prompt in the benchmarks' files, in any case; the first match wins.
 PROMPT_NAMES = ("prompt", "prompts", "caption", "text", "prompt_en", "prompt_zh")
+ID_NAMES = ("id", "prompt_id", "item_id", "index")
+TAG_NAMES = ("tag", "task_type", "subcategory", "category", "challenge")
 BOMS = {  # byte order marks; that of UTF-16 begins that of UTF-32, so it comes later
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -220,7 +222,8 @@ def table_rows(text, suffix):
     }
     if not known:
         header = max(headers.values(), key=len)
-        hint = re.search("prompt|caption|text", " ".join(header).lower())
+        words = re.split(r"[\W_]+", " ".join(header).lower())
+        hint = {"prompt", "prompts", "caption", "captions", "text", "texts"} & set(words)
         if is_table or (hint and len(header) > 1 and is_header(header)):
             raise UnreadableError(no_prompt_field(header))
         return None
@@ -236,9 +239,11 @@ def table_rows(text, suffix):
 
 
 def is_header(cells):
-    """Whether this is no line of text such as "text, neon sign, night"."""
+    """Whether this is no line of text such as "text, neon, night"."""
+    lower = {cell.lower() for cell in cells}
     names = all(re.fullmatch(r"([A-Za-z]\w*)?", cell) for cell in cells)
-    return names or any(cell.lower() in PROMPT_NAMES and "prompt" in cell.lower() for cell in cells)
+    several = len(cells) == 1 or lower & set(ID_NAMES + TAG_NAMES)
+    return (names and several) or any(n in PROMPT_NAMES and "prompt" in n for n in lower)
 
 
 def records_of(text, delimiter, header, suffix):

@@ -9,12 +9,19 @@ from pathlib import Path
 
 from training.files import usage_error
 from training.processes import rank, world_size
-from training.prompt_files import PROMPT_NAMES, UnreadableError, no_prompt_field, read_rows
+from training.prompt_files import (
+    ID_NAMES,
+    PROMPT_NAMES,
+    TAG_NAMES,
+    UnreadableError,
+    no_prompt_field,
+    read_rows,
+)
 
 ALIASES = {  # our field -> what the benchmarks call it, in any case; first match wins
     "prompt": PROMPT_NAMES,
-    "id": ("id", "prompt_id", "item_id", "index"),
-    "tag": ("tag", "task_type", "subcategory", "category", "challenge"),
+    "id": ID_NAMES,
+    "tag": TAG_NAMES,
 }
 
 

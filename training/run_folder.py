@@ -248,7 +248,8 @@ def inputs_of(cfg, rewards):
     inputs = {name: reward.identity for name, reward in rewards.items()}
     inputs["model"] = fingerprint(checkpoint_folder(cfg.model))  # of a hub name always the same
     if cfg.references:
-        inputs["references"] = fingerprint(cfg.references)
+        manifest = Path(cfg.references) / "manifest.jsonl"  # has the sha256 of each picture
+        inputs["references"] = fingerprint(manifest if manifest.is_file() else cfg.references)
     for flag in ("prompts", "test_prompts"):
         path = Path(getattr(cfg, flag))
         inputs[flag] = f"crc32 {crc32(path):08x}" if path.is_file() else str(path)

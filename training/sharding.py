@@ -14,6 +14,7 @@ Read next: cuda_graph.py
 """
 
 import contextlib
+import dataclasses
 import os
 
 import torch
@@ -120,7 +121,7 @@ def add_lora(policy, rank, seed=0):
 
     targets = r".*language_model\.layers\..*(q|k|v|o|gate|up|down)_proj"
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # the matrices are on the CPU still
         torch.manual_seed(seed)
         policy.adapter = get_peft_model(policy.model, config)
     policy.adapter.peft_config["default"].base_model_name_or_path = policy.name
@@ -139,6 +140,12 @@ def load_lora(adapter, folder):
         state = load_file(file)
         check_fit(file, own.keys() - state.keys(), state.keys() - own.keys(), [])
         set_peft_model_state_dict(adapter, state)
+
+
+def resume_lora(policy, checkpoint):
+    """The matrices of a checkpoint, and the instruction that they were trained with."""
+    load_lora(policy.adapter, checkpoint)
+    policy.reasoning = (checkpoint / "reasoning.txt").read_text(encoding="utf-8").strip()
 
 
 def merge_lora(model, folder):
@@ -182,6 +189,8 @@ def full_optimizer_state(policy, optimizer):
 
 
 def load_optimizer_state(policy, optimizer, state):
-    """The reverse, on one process or on several: each takes its shard."""
+    """The reverse, on one process or on several: each takes its shard. Weights that never had a
+    gradient have no moments (the text head, without thoughts): so not strict."""
     if state:
-        set_optimizer_state_dict(policy.model, optimizer, state, options=FULL)
+        options = dataclasses.replace(FULL, strict=False)
+        set_optimizer_state_dict(policy.model, optimizer, state, options=options)
