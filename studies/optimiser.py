@@ -2,9 +2,11 @@
 
 The gradient of GRPO is mostly noise: one advantage for all tokens of a picture. AdamW turns noise
 into steps of full size, a random walk of all weights. The control measures this walk: the same
-training on the reward `noise`, in which there is nothing to learn. A calm optimiser gains much hps
-at a small KL, and its control stays where it was. Each variant here trains twice, on hps and on
-noise, with the same number of rollouts.
+training on the reward `noise`, in which there is nothing to learn. A calm optimiser gains hps at a
+small KL, and its control stays where it was. Each variant here trains twice, on hps and on noise,
+with the same number of rollouts. The KL at which hps has gained half a deviation compares them,
+and not the gain per nat at the end: the KL grows faster than the gain, so that who stops early
+would win.
 
 Run:   python -m studies.optimiser              train what is missing (hours; a stopped study goes
                                                 on), then print the table, draw docs/optimiser.png
@@ -16,6 +18,7 @@ Read next: docs/results.md, "Learning rate and drift"
 """
 
 import json
+import math
 import os
 import shlex
 from dataclasses import dataclass
@@ -67,6 +70,20 @@ def read_results(jobs):
     return results
 
 
+def kl_at(run, wanted=0.5):
+    """The KL at which hps had gained so many deviations, on a line between two tests; NaN if it did
+    not."""
+    tests, points = run["tests"], []
+    for test in tests:
+        gained = (test["hps"] - tests[0]["hps"]) / run["deviation"]
+        if gained >= wanted:
+            before, kl = points[-1]
+            share = (wanted - before) / (gained - before)
+            return kl + share * (test["kl"] - kl)
+        points.append((gained, test["kl"]))
+    return math.nan
+
+
 def table(results):
     """A row for each variant; the gain of hps in standard deviations within a prompt."""
     rows = []
@@ -78,7 +95,8 @@ def table(results):
         nats, drift = (mean(run["tests"][-1]["kl"] for run in some) for some in (runs, control))
         row = {"variant": variant, "flags": f"`{VARIANTS[variant] or '(default)'}`"}
         row |= {"runs": len(runs), "hps, deviations": plus_minus(gained), "KL": f"{nats:.1f}"}
-        row |= {"KL of the control": f"{drift:.1f}", "gain per nat": f"{mean(gained) / nats:.2f}"}
+        row |= {"KL of the control": f"{drift:.1f}"}
+        row["KL at .5 deviations"] = f"{mean(map(kl_at, runs)):.2f}"
         for name in ("gold", "artifact-free"):
             row[name] = plus_minus([gain(run, name) for run in runs])
             row[f"{name}, control"] = plus_minus([gain(run, name) for run in control])
@@ -91,7 +109,7 @@ def plus_minus(values):
 
 
 def figure(results, path):
-    """Gain of hps against the KL, test by test: up and left is better. The end of each variant's
+    """Gain of hps against sqrt(KL), the distance, test by test: up and left is better. The end of each variant's
     control is a cross, its drift."""
     import matplotlib
 
@@ -106,17 +124,17 @@ def figure(results, path):
             continue
         color, tests = next(colors), range(len(runs[0]["tests"]))
         start = [run["tests"][0]["hps"] for run in runs]
-        nats = [mean(run["tests"][i]["kl"] for run in runs) for i in tests]
+        distance = [mean(math.sqrt(max(0.0, run["tests"][i]["kl"])) for run in runs) for i in tests]
         gained = [
             mean((r["tests"][i]["hps"] - s) / r["deviation"] for r, s in zip(runs, start))
             for i in tests
         ]
-        axis.plot(nats, gained, "o-", color=color, markersize=4, label=variant)
-        drift = mean(run["tests"][-1]["kl"] for run in control)
+        axis.plot(distance, gained, "o-", color=color, markersize=4, label=variant)
+        drift = mean(math.sqrt(run["tests"][-1]["kl"]) for run in control)
         walked = mean(gain(run, "hps") / run["deviation"] for run in control)
         axis.plot(drift, walked, "x", color=color, markersize=8, markeredgewidth=2)
     axis.axhline(0, color="#767676", linewidth=0.8)
-    axis.set(xlabel="KL to the base policy, nats", ylabel="gain of hps, deviations within a prompt")
+    axis.set(xlabel="sqrt(KL to the base policy)", ylabel="gain of hps, deviations within a prompt")
     axis.set_title("Lines: training on hps. Crosses: the drift of the control", loc="left")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -125,13 +143,18 @@ def figure(results, path):
     plt.close(drawing)
 
 
-def main(cfg):
-    jobs = {
+def all_jobs(cfg):
+    """(variant, reward, seed) -> job."""
+    return {
         (variant, reward, seed): job(cfg, variant, reward, seed)
         for seed in range(1, cfg.seeds + 1)
         for variant in VARIANTS
         for reward in REWARDS
     }
+
+
+def main(cfg):
+    jobs = all_jobs(cfg)
     errors = train_missing(list(jobs.values()), cfg.workers)
     results = read_results(jobs)
     figure(results, cfg.figure)

@@ -150,7 +150,9 @@ def test_the_table_of_optimisers_by_hand():
     (row,) = optimiser.table({(variant, "hps"): runs, (variant, "noise"): still})
     assert row["variant"] == variant and row["runs"] == 2 and row["KL"] == "9.0"
     assert row["hps, deviations"].startswith("+2.000") and row["KL of the control"] == "0.2"
-    assert row["gain per nat"] == f"{2 / 9:.2f}" and row["gold"].startswith("-0.100")
+    assert row["KL at .5 deviations"] == "4.00" and row["gold"].startswith("-0.100")
+    assert optimiser.kl_at(runs[0], 1.0) == 9 and optimiser.kl_at(runs[1], 1.5) == 4 + 5 / 2
+    assert not optimiser.kl_at(runs[0], 1.6) > 0  # never reached
     assert row["gold, control"] == "+0.000"
 
 
