@@ -109,8 +109,8 @@ def plus_minus(values):
 
 
 def figure(results, path):
-    """Gain of hps against sqrt(KL), the distance, test by test: up and left is better. The end of each variant's
-    control is a cross, its drift."""
+    """Gain of hps against sqrt(KL), the distance, test by test: up and left is better. The end of
+    each variant's control is a cross, its drift."""
     import matplotlib
 
     matplotlib.use("Agg")

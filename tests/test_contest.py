@@ -151,7 +151,8 @@ def test_the_table_of_optimisers_by_hand():
     assert row["variant"] == variant and row["runs"] == 2 and row["KL"] == "9.0"
     assert row["hps, deviations"].startswith("+2.000") and row["KL of the control"] == "0.2"
     assert row["KL at .5 deviations"] == "4.00" and row["gold"].startswith("-0.100")
-    assert optimiser.kl_at(runs[0], 1.0) == 9 and optimiser.kl_at(runs[1], 1.5) == 4 + 5 / 2
+    # In the second run the gain is .5 at 4 nats and 2.5 at 9.
+    assert optimiser.kl_at(runs[1], 1.5) == pytest.approx(4 + 5 / 2)
     assert not optimiser.kl_at(runs[0], 1.6) > 0  # never reached
     assert row["gold, control"] == "+0.000"
 
