@@ -787,7 +787,7 @@ BAD_USAGE = [
     ("--prompts-per-step 600", "as many, each once"),
     ("--references /nowhere --rewards adversarial", "manifest.jsonl"),
     ("--shard", "--nproc-per-node"),
-    ("--rewards hps:0", "a weight other than 0"),
+    ("--rewards hps:0", "no number above 0"),
     ("--seed 99999999999999999999", "64 bits"),
     ("--run-name ..", "a name, not a path"),
     ("--test-prompts /nowhere", "--test-prompts /nowhere"),
