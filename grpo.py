@@ -59,7 +59,7 @@ class Config:
     cot: bool = True  # write a thought before drawing, and train the thought too
     max_thought: int | None = None  # its longest, in tokens [tiny: 64; else 128; t2i-r1: 1024]
     cfg_weight: float | None = None  # guidance weight w of sampling [tiny: 1, Janus-Pro: 5]
-    # guided: sampled and scored with guidance; cond: sampled only; none: neither [t2i-r1: cond]
+    # guided: sampled and scored with guidance; cond: sampled only; none [guided; t2i-r1: cond]
     guidance: Literal["guided", "cond", "none"] | None = None
 
     seed: int = 42  # with step, prompt and sample number, all the randomness there is
@@ -79,7 +79,7 @@ class Config:
     judge_model: str | None = None  # the served model's name [the first that is served]
     references: str | None = None  # pictures for adversarial and --cures.data-weight [tiny: drawn]
     adversary_steps: int = 4  # reward adversarial: discriminator updates in each step
-    adversary_update: Literal["always", "beaten"] = "always"  # beaten: while it is fooled
+    adversary_update: Literal["always", "beaten"] = "always"  # its updates; beaten: if it is fooled
     question: str | None = None  # for the judge: a text or a file, as apo.py writes [its own]
     max_failures: float = 0.5  # stop when a larger share of a step's rollouts has no score
     cures: Cures = field(default_factory=Cures)  # to compare with: training/cures.py

@@ -428,8 +428,14 @@ def test_a_stopped_command_leaves_no_folder_without_pictures(tmp_path):
     # Nor where a stopped command had only begun.
     (tmp_path / "again/00003").mkdir()
     (tmp_path / "again/00003/metadata.jsonl").write_text("{}")
+    theirs = tmp_path / "again/00004"  # what is not ours stays
+    theirs.mkdir()
+    for name in ("metadata.jsonl", "photo.jpg"):
+        (theirs / name).write_text("{}")
+    (tmp_path / "again/00005").write_text("a file")
     draw(tmp_path / "again", TEXTS[:1], 1)
-    assert sorted(path.name for path in (tmp_path / "again").glob("0*")) == ["00000"]
+    left = sorted(path.name for path in (tmp_path / "again").glob("0*"))
+    assert left == ["00000", "00004", "00005"] and len(list(theirs.iterdir())) == 2
 
 
 def test_what_only_resembles_an_unfinished_file_of_ours_stays(tmp_path, capsys):

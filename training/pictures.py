@@ -136,6 +136,11 @@ def write_metadata(root, i, row):
         file.write(json.dumps(row))
 
 
+def is_alone(file):
+    """Is it the only file in its folder?"""
+    return not any(path.is_file() and path != file for path in file.parent.rglob("*"))
+
+
 def remove_empty(folder):
     """Remove a prompt's folder that holds no pictures: GenEval's scorer ends at one. What is not
     ours stays."""
@@ -201,11 +206,11 @@ def set_aside(root, wanted):
         )
     stale = {path: entry for path, entry in entries.items() if path not in wanted}
     moved = sorted(stale.keys() & there)
+    folders = {path.split("/")[0] for path in moved}
     if moved:
         place, n = root.resolve(), 1
         while (aside := place.with_name(f"{place.name}-earlier{n if n > 1 else ''}")).exists():
             n += 1
-        folders = {path.split("/")[0] for path in moved}
         for folder in folders:
             (aside / folder / "samples").mkdir(parents=True)
             metadata = root / folder / "metadata.jsonl"
@@ -215,8 +220,8 @@ def set_aside(root, wanted):
             (root / path).replace(aside / path)
         write_manifest(aside, {path: stale[path] for path in moved})
         print(f"{len(moved)} pictures of an earlier command are now in {aside}/")
-    needed = {path.split("/")[0] for path in wanted}
-    for folder in root.glob("[0-9]" * 5):
-        if folder.name not in needed:  # a stopped command may have left it, too
-            remove_empty(folder)
+    # A stopped command may have left a folder with nothing but metadata, too.
+    lone = {f.parent.name for f in root.glob("[0-9]" * 5 + "/metadata.jsonl") if is_alone(f)}
+    for name in (folders | lone) - {path.split("/")[0] for path in wanted}:
+        remove_empty(root / name)
     return {path: entry for path, entry in entries.items() if path in wanted}
