@@ -5,8 +5,8 @@ into steps of full size, a random walk of all weights. The control measures this
 training on the reward `noise`, in which there is nothing to learn. A calm optimiser gains hps at a
 small KL, and its control stays where it was. Each variant here trains twice, on hps and on noise,
 with the same number of rollouts. The KL at which hps has gained half a deviation compares them,
-and not the gain per nat at the end: the KL grows faster than the gain, so a run that
-stops early would win.
+and not the gain per nat at the end: the KL grows faster than the gain, so a run that stops early
+would win.
 
 Run:   python -m studies.optimiser              train what is missing (hours; a stopped study goes
                                                 on), then print the table, draw docs/optimiser.png

@@ -133,8 +133,8 @@ def alignment(prompt, found):
     colour counts half; an object too many or too few costs its share; a wrong relation, half.
 
     Of several objects that fit, the first one found counts, from above; so with an object too many
-    the relation may be that of another one. (At the end of one run on hps 6 of 200 pictures of
-    relations get too little for it, which lowers the mean of all pictures by .003; before, none.)"""
+    the relation may be that of another one. (At the end of one run on hps, 6 of 200 pictures of
+    relations get too little for it, which lowers the mean of all by .003; at its start, none.)"""
     things, relation = parse_prompt(prompt)
     left, score = list(found), 0.0
     # Exact matches first, of these the ones with a colour: those without one take what is left.
